@@ -1,0 +1,161 @@
+"""Residual branches: where they close, which convolution can repair an inherited error, which can be dropped whole.
+
+Pure analysis of a traced network; reads no weight.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .graph import Graph, module_of, modules_of, operation
+from .plan import Branch, ChannelGroup
+from .tracing import ELEMENTWISE, Trace
+
+_LINEAR = ("conv2d", "linear")
+
+
+@dataclass(frozen=True)
+class Junction:
+    """A residual add: the branch's value `branch`, the value `shortcut` that it is added to, and their sum `add`."""
+
+    add: fx.Node
+    branch: fx.Node
+    shortcut: fx.Node
+
+
+def junctions(graph: Graph) -> tuple[Junction, ...]:
+    """All residual adds; the operand with the more operations of its own is the branch."""
+    ancestors = _ancestors(graph)
+    found = []
+    for node in graph.operations:
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in ancestors]
+        if operation(node) != "add" or len(operands) < 2 or operands[0] is operands[1]:
+            continue
+        a, b = operands
+        if not (ancestors[a] & ancestors[b]):
+            continue
+        own_a, own_b = len(ancestors[a] - ancestors[b]), len(ancestors[b] - ancestors[a])
+        branch, shortcut = (a, b) if own_a >= own_b else (b, a)
+        found.append(Junction(node, branch, shortcut))
+    return tuple(found)
+
+
+def residual_streams(trace: Trace) -> frozenset[str]:
+    """Names of the groups that residual adds run through; all others are interior."""
+    return frozenset().union(*(trace.sums[junction.add.name] for junction in junctions(trace.graph)))
+
+
+def affine_path(junction: Junction) -> list[fx.Node] | None:
+    """From a branch's last convolution or linear layer to the add, through batch norms only; None if there is none.
+
+    Each value on the way has no other reader, so that the layer's output may be chosen freely.
+    """
+    path, node = [], junction.branch
+    while operation(node) not in _LINEAR:
+        if operation(node) not in ("batch_norm", "dropout", "clone", "alias") or len(node.users) > 1:
+            return None
+        path.insert(0, node)
+        node = node.args[0]
+    return [node, *path] if len(node.users) == 1 else None
+
+
+def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
+    """Residual branches inside a module that can be replaced by its shortcut plus a constant.
+
+    That is: the module computes after(shortcut(x) + branch(x)), where `shortcut` and `after` are chains of its own
+    child modules, and some channel group inside the branch is all that feeds the branch's output.
+    """
+    ancestors = _ancestors(trace.graph)
+    tensors = trace.graph.tensors
+    found = []
+    for junction in junctions(trace.graph):
+        inside = ancestors[junction.branch] - ancestors[junction.shortcut]
+        bypass = ancestors[junction.shortcut] - ancestors[junction.branch]
+        module = module_of(junction.add)
+        block = [node for node in trace.graph.operations if module and module in modules_of(node)]
+        after = [node for node in block if node not in inside | bypass and node is not junction.add]
+        sources = {used for node in block for used in node.all_input_nodes} - set(block) - set(tensors)
+        if (
+            not inside | bypass <= set(block)
+            or len(sources) != 1
+            or any(user not in inside and user is not junction.add for node in inside for user in node.users)
+            or any(ancestors[node].isdisjoint({junction.add}) for node in after)
+        ):
+            continue
+        ordered = [node for node in block if node in bypass]
+        shortcut_children, after_children = _children(ordered, module), _children(after, module)
+        if shortcut_children is None or after_children is None:
+            continue
+        names = {tensors[used] for node in inside for used in node.all_input_nodes if used in tensors}
+        interior = [g for g in trace.groups if all(slot.tensor in names for slot in g.slots)]
+        gates = [g.name for g in interior if not g.frozen and _feeds_alone([g], junction.branch, inside, tensors)]
+        if gates and _feeds_alone(interior, junction.branch, inside, tensors, pointwise=True):
+            found.append(
+                Branch(
+                    module=module,
+                    shortcut=shortcut_children,
+                    after=after_children,
+                    groups=tuple(group.name for group in interior),
+                    gates=tuple(gates),
+                    tensors=tuple(sorted(names)),
+                    add=junction.add.name,
+                    output=junction.branch.name,
+                )
+            )
+    return tuple(found)
+
+
+def _ancestors(graph: Graph) -> dict[fx.Node, set[fx.Node]]:
+    """Every operation (and the image) that a value is computed from, itself included."""
+    ancestors: dict[fx.Node, set[fx.Node]] = {graph.image: {graph.image}}
+    for node in graph.operations:
+        ancestors[node] = {node}.union(*(ancestors[used] for used in node.all_input_nodes if used in ancestors))
+    return ancestors
+
+
+def _children(nodes: Sequence[fx.Node], module: str) -> tuple[str, ...] | None:
+    """The child modules of `module` that run these operations one after the other; None where that is not so."""
+    names: list[str] = []
+    for i, node in enumerate(nodes):
+        inner = [name for name in modules_of(node) if name.startswith(module + ".")]
+        if not inner or (i and nodes[i - 1] not in node.all_input_nodes):
+            return None
+        child = inner[0].removeprefix(module + ".")
+        if not names or names[-1] != child:
+            names.append(child)
+    return tuple(names) if len(set(names)) == len(names) else None
+
+
+def _feeds_alone(
+    groups: Iterable[ChannelGroup],
+    output: fx.Node,
+    inside: set[fx.Node],
+    tensors: Mapping[fx.Node, str],
+    pointwise: bool = False,
+) -> bool:
+    """Whether every path into the branch's output passes through a layer that reads one of these groups.
+
+    With `pointwise`, also whether nothing after that layer looks beyond one position: padding would give the constant
+    that an emptied branch leaves another value at the border.
+    """
+    consumers = {slot.tensor for group in groups for slot in group.consumers()}
+    pending, seen = [output], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        weights = {tensors[used] for used in node.all_input_nodes if used in tensors}
+        if weights & consumers:
+            continue
+        if node not in inside or (pointwise and not _is_pointwise(node)):
+            return False
+        pending += [used for used in node.all_input_nodes if used not in tensors]
+    return True
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    if operation(node) == "conv2d":
+        return all(size == 1 for size in node.args[1].meta["val"].shape[2:])
+    return operation(node) in (*ELEMENTWISE, "batch_norm", "linear", "mean")

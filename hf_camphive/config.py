@@ -1,0 +1,179 @@
+"""`CampHiVeConfig`: every choice of a pruning run, validated once, saved beside the model.
+
+Pure data: imports nothing but the standard library and the error types. The command line's flags and
+`camphive_config.json` are both made from these fields.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+CONFIG_FILE = "camphive_config.json"
+SCHEMA = 1
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class CampHiVeConfig:
+    """What to remove, how to repair it and how to finetune.
+
+    Fields are plain values, so a config equals its JSON. Raises `ConfigError` on anything that cannot work.
+    """
+
+    # What to remove
+    target_macs: float = _option(
+        0.5, "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs)."
+    )
+    cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
+    criterion: Literal["fisher", "hive", "taylor", "magnitude", "random"] = _option(
+        "fisher", "How channels are scored. `hive` is CAMP-HiVe's curvature; `fisher` measures better for now."
+    )
+    merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
+        "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
+    )
+    scope: Literal["interior", "all"] = _option(
+        "interior", "Prune inside residual branches only, or the residual streams too (plain networks: no difference)."
+    )
+    round_to: int = _option(1, "Keep widths that are multiples of this (8 suits most hardware).")
+    min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
+    seed: int = _option(0, "Seed of everything drawn at random: the same seed gives the same plan.")
+
+    # Curvature and reconstruction
+    calibration_size: int = _option(1024, "Training images that scores and merging look at.")
+    curvature: Literal["gauss-newton", "hessian"] = _option("gauss-newton", "The matrix whose eigenpairs `hive` uses.")
+    num_eigenpairs: int = _option(8, "Eigenpairs that `hive` uses.")
+    power_steps: int = _option(20, "Most steps of the power iteration.")
+    power_tolerance: float = _option(0.05, "Stop the power iteration at this residual ||Av - lambda v|| / |lambda|.")
+    curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
+    ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
+
+    # Finetuning
+    num_train_epochs: float = _option(3.0, "Epochs of finetuning after the last cycle; 0 skips it.")
+    learning_rate: float = _option(0.005, "Peak learning rate.")
+    weight_decay: float = _option(5e-4, "Weight decay of weights with two or more axes.")
+    optimizer: Literal["sgd", "adamw"] = _option("sgd", "SGD with Nesterov momentum 0.9, or AdamW.")
+    warmup_ratio: float = _option(0.05, "Share of the steps in which the learning rate rises to its peak.")
+    label_smoothing: float = _option(0.0, "Label smoothing of the cross-entropy.")
+    distillation: float = _option(0.5, "Weight of the dense network's soft labels in the loss; 0 is off.")
+    temperature: float = _option(4.0, "Temperature of the distillation.")
+    per_device_train_batch_size: int = _option(128, "Images per step and process.")
+    per_device_eval_batch_size: int = _option(128, "Images per evaluation step and process.")
+    gradient_accumulation_steps: int = _option(1, "Batches summed before each step.")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _option(
+        "auto", "`auto` times a few steps of bf16 against fp32 and takes the faster."
+    )
+    head_epochs: float = _option(2.0, "Epochs that a replaced classifier is trained for before pruning.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(
+            self.target_macs > 0,
+            f"target_macs is {self.target_macs}; give a fraction such as 0.5, or a number of MACs per image",
+        )
+        _require(
+            self.target_macs <= 1 or self.target_macs >= 1000,
+            f"target_macs is {self.target_macs}: above 1 it counts MACs per image; for a {self.target_macs}x "
+            f"reduction write {1 / self.target_macs:.3g}",
+        )
+        for name in _AT_LEAST_ONE:
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in _NOT_NEGATIVE:
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("warmup_ratio", "label_smoothing", "distillation"):
+            value = getattr(self, name)
+            _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
+        _require(self.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
+        _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
+        _require(
+            self.calibration_size >= 16
+            or (self.criterion in ("magnitude", "random") and self.merge in ("none", "cyclic")),
+            f"calibration_size is {self.calibration_size}: criterion {self.criterion!r} with merge {self.merge!r} "
+            "needs at least 16 images; raise it, or use magnitude or random with none or cyclic",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CampHiVeConfig":
+        """Rebuild a config; raises `ConfigError` on keys it does not know or a schema newer than its own."""
+        values = dict(values)
+        schema = values.pop("schema", SCHEMA)
+        _require(
+            schema == SCHEMA, f"schema {schema} is not {SCHEMA}; install the version of hf_camphive that wrote it"
+        )
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+                raise ConfigError(f"unknown key {key!r} in the config; {hint}")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `camphive_config.json` into an existing folder."""
+        Path(folder, CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "CampHiVeConfig":
+        """Read `camphive_config.json` from a folder; raises `ConfigError` where it is absent or damaged."""
+        path = Path(folder, CONFIG_FILE)
+        try:
+            values = json.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"no {CONFIG_FILE} in {folder}; was it saved by hf_camphive?") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); restore it from the run that wrote it") from error
+        return cls.from_dict(values)
+
+
+_AT_LEAST_ONE = (
+    "cycles",
+    "round_to",
+    "min_channels",
+    "calibration_size",
+    "num_eigenpairs",
+    "power_steps",
+    "curvature_images",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "power_tolerance",
+    "ridge",
+    "num_train_epochs",
+    "learning_rate",
+    "weight_decay",
+    "warmup_ratio",
+    "label_smoothing",
+    "distillation",
+    "head_epochs",
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_types(config: CampHiVeConfig) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if choices := getattr(f.type, "__args__", None):
+            close = get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+            _require(value in choices, f"{f.name} is {value!r}; {hint}")
+        elif f.type is int:
+            _require(type(value) is int, f"{f.name} is {value!r}; it must be a whole number")
+        elif f.type is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+            _require(number, f"{f.name} is {value!r}; it must be a finite number")

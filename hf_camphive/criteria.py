@@ -1,0 +1,163 @@
+"""How important each channel is: one pure function a criterion, and the table `CRITERIA`.
+
+Scores are {group: [C]}, larger is more important; those of `fisher`, `hive` and `taylor` are in units of the loss, so
+that they compare across groups. Adding a criterion is a function and a row.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .config import CampHiVeConfig
+from .curvature import PRODUCTS, GateSpace, gate_gradients, gate_space, power_iteration
+from .tracing import Trace
+
+logger = logging.getLogger(__name__)
+Scores = dict[str, Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at: the traced network with its weights, and this process's calibration images.
+
+    `draws` are uniform numbers in [0, 1), one an image, drawn for the whole calibration set at once so that they do not
+    depend on how images are spread over processes. `total` counts images of all processes, `reduce` sums over them.
+    """
+
+    trace: Trace
+    state: Mapping[str, Tensor]
+    images: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+    draws: tuple[Tensor, ...]
+    total: int
+    config: CampHiVeConfig
+    reduce: Reduce = lambda tensor: tensor
+    progress: bool = False
+
+    @property
+    def gates(self) -> GateSpace:
+        return gate_space(self.trace, self.state)
+
+    def batches(self, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        batches = list(zip(self.images, self.labels, self.draws))
+        return iter(tqdm(batches, desc=description, unit="batch", disable=not self.progress, leave=False))
+
+
+def fisher(evidence: Evidence) -> Scores:
+    """1/2 mean_n g_nc^2, g_nc the gate gradient of image n at a label drawn from the model.
+
+    Group Fisher (Liu et al., ICML 2021). Deviation: labels are drawn from the network's own softmax (the true Fisher, in
+    expectation the diagonal of the Gauss-Newton matrix), since gradients at training labels vanish in an overfitted
+    network.
+    """
+    gates = evidence.gates
+    total = torch.zeros(gates.size, dtype=torch.float64)
+    for images, _, draws in evidence.batches("Score (fisher)"):
+        labels = _model_labels(evidence, images, draws)
+        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, labels)
+        total += gradients.double().square().sum(0).cpu()
+    return gates.split(0.5 * evidence.reduce(total) / evidence.total)
+
+
+def taylor(evidence: Evidence) -> Scores:
+    """mean_n |g_nc|, g_nc the gate gradient of image n at its true label (Molchanov et al., ICLR 2017)."""
+    gates = evidence.gates
+    total = torch.zeros(gates.size, dtype=torch.float64)
+    for images, labels, _ in evidence.batches("Score (taylor)"):
+        total += gate_gradients(evidence.trace, evidence.state, gates, images, labels).double().abs().sum(0).cpu()
+    return gates.split(evidence.reduce(total) / evidence.total)
+
+
+def hive(evidence: Evidence) -> Scores:
+    """1/2 sum_k lambda_k u_kc^2 over the top eigenpairs of the gate-space curvature matrix.
+
+    CAMP-HiVe (arXiv:2511.06265): curvature from Hessian-vector products and power iteration. Deviation: the paper takes
+    |v_i| of the dominant eigenvector in weight space; the loss of removing channel c is, to second order along the top
+    eigenvectors, the quadratic form above.
+    """
+    config, gates = evidence.config, evidence.gates
+    images, labels, count = _first_images(evidence)
+    product = PRODUCTS[config.curvature]
+
+    def matvec(u: Tensor) -> Tensor:
+        total = torch.zeros_like(u)
+        for x, y in zip(images, labels):
+            total += product(evidence.trace, evidence.state, gates, x, y, u.to(x.device)).to(total)
+        return evidence.reduce(total) / count
+
+    found = power_iteration(
+        matvec,
+        gates.size,
+        config.num_eigenpairs,
+        steps=config.power_steps,
+        tolerance=config.power_tolerance,
+        generator=torch.Generator().manual_seed(config.seed),
+        progress=evidence.progress,
+    )
+    if not found.converged:
+        logger.warning(
+            "power iteration stopped after %d steps at residual %.2g (asked: %.2g); raise power_steps or power_tolerance",
+            found.steps,
+            found.residuals.max(),
+            config.power_tolerance,
+        )
+    return gates.split(0.5 * (found.vectors.double().square() * found.values.double()).sum(1))
+
+
+def magnitude(evidence: Evidence) -> Scores:
+    """||theta_c||^2 of the consumer slices, over its mean in the group (sizes of different groups do not compare)."""
+    gates = evidence.gates
+    total = torch.zeros(gates.size + 1, dtype=torch.float64)
+    for name, index in gates.inputs.items():
+        total.index_add_(
+            0, index, evidence.state[name].detach().cpu().double().square().movedim(1, 0).flatten(1).sum(1)
+        )
+    return {name: values / values.mean().clamp_min(1e-300) for name, values in gates.split(total[:-1]).items()}
+
+
+def random(evidence: Evidence) -> Scores:
+    """Uniform numbers from the seed: the floor under every comparison."""
+    gates = evidence.gates
+    generator = torch.Generator().manual_seed(evidence.config.seed)
+    return gates.split(torch.rand(gates.size, generator=generator, dtype=torch.float64))
+
+
+Criterion = Callable[[Evidence], Scores]
+CRITERIA: dict[str, Criterion] = {
+    "fisher": fisher,
+    "hive": hive,
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+
+def _model_labels(evidence: Evidence, images: Tensor, draws: Tensor) -> Tensor:
+    """Labels drawn from the network's softmax by inverting its distribution function at `draws` [N]."""
+    with torch.no_grad():
+        (logits,) = evidence.trace.graph.run(evidence.state, images)
+    cumulative = logits.double().softmax(1).cumsum(1)
+    return (
+        torch.searchsorted(cumulative, draws.double().view(-1, 1).to(cumulative.device))
+        .squeeze(1)
+        .clamp_max(logits.shape[1] - 1)
+    )
+
+
+def _first_images(evidence: Evidence) -> tuple[list[Tensor], list[Tensor], float]:
+    """This process's part of the first `curvature_images` calibration images, and their number over all processes."""
+    share = evidence.config.curvature_images / max(evidence.total, 1)
+    budget = min(sum(map(len, evidence.images)), round(share * sum(map(len, evidence.images))))
+    images, labels = [], []
+    for x, y in zip(evidence.images, evidence.labels):
+        if budget > 0:
+            images.append(x[:budget])
+            labels.append(y[:budget])
+            budget -= len(images[-1])
+    count = float(evidence.reduce(torch.tensor([float(sum(map(len, images)))], dtype=torch.float64)))
+    return images, labels, count

@@ -1,0 +1,130 @@
+"""A network as a flat, functional list of tensor operations (`torch.export`), which can be run node by node.
+
+Tracing reads it to couple channels; merging runs it on the dense and the masked weights side by side.
+Knows no operation by name and touches no weight.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import ModelError
+
+Values = dict[fx.Node, object]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Operations of a network in execution order.
+
+    `tensors` maps the placeholders of parameters and buffers to their names in the network, `image` is the input
+    [N, C, H, W], `logits` the value that the network returns.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    tensors: Mapping[fx.Node, str]
+    constants: Mapping[fx.Node, Tensor]
+    image: fx.Node
+    logits: fx.Node
+
+    @cached_property
+    def operations(self) -> tuple[fx.Node, ...]:
+        return tuple(node for node in self.nodes if node.op == "call_function")
+
+    def bind(self, state: Mapping[str, Tensor]) -> Values:
+        """Values of all placeholders but the image, from a full state (`named_tensors`)."""
+        return {node: state[name] for node, name in self.tensors.items()} | dict(self.constants)
+
+    def run(self, state: Mapping[str, Tensor], image: Tensor, wanted: Iterable[fx.Node] | None = None) -> list[Tensor]:
+        """Run the network with these weights on `image` [N, C, H, W]; returns the wanted nodes' values (logits)."""
+        wanted = [self.logits] if wanted is None else list(wanted)
+        last_use = {used: node for node in self.operations for used in node.all_input_nodes}
+        values = self.bind(state) | {self.image: image}
+        for node in self.operations:
+            values[node] = compute(node, values)
+            for used in node.all_input_nodes:
+                if last_use[used] is node and used not in wanted:
+                    del values[used]
+        return [values[node] for node in wanted]
+
+
+def compute(node: fx.Node, values: Values) -> object:
+    """Result of one operation on the values of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)
+
+
+def named_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those shared under several names or not saved included."""
+    return dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers(remove_duplicate=False))
+
+
+def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
+    """Trace a network in eval mode for images of `input_size` (C, H, W) and any batch size.
+
+    Raises `ModelError` where `torch.export` cannot follow it.
+    """
+    training = net.training
+    tensor = next(net.parameters())
+    image = torch.zeros(2, *input_size, dtype=tensor.dtype, device=tensor.device)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                net.eval(), (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
+    except Exception as error:  # torch.export lets any error of the network's own code through
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"{type(net).__name__} cannot be traced for input {input_size}: {reason[0] if reason else error!r}; "
+            "check the input size, or see docs/limits.md for what tracing follows"
+        ) from error
+    finally:
+        net.train(training)
+    return _functional(program)
+
+
+def _functional(program: torch.export.ExportedProgram) -> Graph:
+    signature, graph = program.graph_signature, program.graph
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = signature.inputs_to_lifted_tensor_constants
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            node.target = _out_of_place(node.target)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    return Graph(
+        nodes=tuple(graph.nodes),
+        tensors={node: names[node.name] for node in placeholders if node.name in names},
+        constants={node: program.constants[constants[node.name]] for node in placeholders if node.name in constants},
+        image=next(node for node in placeholders if node.name not in names and node.name not in constants),
+        logits=output.args[0][0],
+    )
+
+
+def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """`aten.relu_` -> `aten.relu`: values must survive their use, since nodes may be run in another order."""
+    name = op._schema.name.split("::")[1]
+    if not name.endswith("_") or name.endswith("__"):
+        return op
+    return getattr(getattr(torch.ops.aten, name[:-1]), op._overloadname)
+
+
+def operation(node: fx.Node) -> str:
+    """Name of a node's operation, such as "conv2d"."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_of(node: fx.Node) -> str:
+    """Name of the innermost module that runs this operation; "" for the network itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Names of the modules that run this operation, outermost first."""
+    return tuple(name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name)

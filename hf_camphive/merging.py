@@ -1,0 +1,218 @@
+"""Merging: what the consumers of removed channels do instead. One function a rule, and the table `MERGE_RULES`.
+
+The rules here replace each consumer's weight W [C_out, C, kH, kW] by W R along its input channels: R [C, C] is the
+identity on kept channels, and the row of a removed channel s says how much of which kept channels replaces it.
+`reconstruct` refits whole kernels instead (`reconstruction.py`). All rules work at full width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from .config import CampHiVeConfig
+from .graph import operation
+from .plan import PrunePlan, Slot
+from .planning import cyclic_pairs
+from .reconstruction import Reduce, constant_carrier, reconstruct
+from .surgery import State, mask_state
+from .tracing import Trace
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One consumer's view of a cut: kept channels, (removed, receiver) pairs, and moments of what it reads.
+
+    `mean` is [C] and `second` [C, C], over images and positions; a rule that does not look at data gets None.
+    """
+
+    size: int
+    keep: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    mean: Tensor | None = None
+    second: Tensor | None = None
+    ridge: float = 1e-4
+
+    @property
+    def removed(self) -> list[int]:
+        kept = set(self.keep)
+        return [c for c in range(self.size) if c not in kept]
+
+
+Mixture = tuple[Tensor, Tensor]  # rows [C, C] (zero but for removed channels) and the constant left over [C]
+
+
+def none(removal: Removal) -> Mixture:
+    """a_s ~ 0: plain removal."""
+    size = removal.size
+    return torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+
+
+def cyclic(removal: Removal) -> Mixture:
+    """a_s ~ 0.5 a_t for the cyclic pair (s, t): CAMP-HiVe's merge (arXiv:2511.06265), on channels, not single weights."""
+    rows, constant = none(removal)
+    for s, t in removal.pairs:
+        rows[s, t] = 0.5
+    return rows, constant
+
+
+def cyclic_ls(removal: Removal) -> Mixture:
+    """a_s ~ beta a_t for the cyclic pair, beta = E[a_s a_t] / E[a_t^2]."""
+    rows, constant = none(removal)
+    for s, t in removal.pairs:
+        rows[s, t] = removal.second[s, t] / removal.second[t, t].clamp_min(1e-30)
+    return rows, constant
+
+
+def nearest(removal: Removal) -> Mixture:
+    """a_s ~ beta a_t with the kept t that explains a_s best: max E[a_s a_t]^2 / E[a_t^2]."""
+    rows, constant = none(removal)
+    keep = list(removal.keep)
+    squares = removal.second.diagonal()[keep].clamp_min(1e-30)
+    for s in removal.removed:
+        products = removal.second[s, keep]
+        best = int((products.square() / squares).argmax())
+        rows[s, keep[best]] = products[best] / squares[best]
+    return rows, constant
+
+
+def lstsq(removal: Removal) -> Mixture:
+    """a_s ~ R_s a_K + c_s by ridge regression on all kept channels K: R = S_PK (S_KK + r I)^-1 with covariances S."""
+    rows, constant = none(removal)
+    keep, removed = list(removal.keep), removal.removed
+    covariance = removal.second - torch.outer(removal.mean, removal.mean)
+    kept = covariance[keep][:, keep]
+    damping = (removal.ridge * kept.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(keep), dtype=kept.dtype)
+    solution = torch.linalg.solve(kept + damping, covariance[keep][:, removed]).T
+    rows[torch.tensor(removed)[:, None], torch.tensor(keep)[None, :]] = solution
+    constant[removed] = removal.mean[removed] - solution @ removal.mean[keep]
+    return rows, constant
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """A rule, what it needs, and whether BatchNorm statistics must be recalibrated after it."""
+
+    mix: Callable[[Removal], Mixture] | None
+    looks_at_data: bool = False
+    pairs: bool = False
+    recalibrate: bool = True
+
+
+MERGE_RULES: dict[str, MergeRule] = {
+    "reconstruct": MergeRule(None, looks_at_data=True, recalibrate=False),
+    "lstsq": MergeRule(lstsq, looks_at_data=True),
+    "nearest": MergeRule(nearest, looks_at_data=True),
+    "cyclic-ls": MergeRule(cyclic_ls, looks_at_data=True, pairs=True),
+    "cyclic": MergeRule(cyclic, pairs=True),
+    "none": MergeRule(none),
+}
+
+
+def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
+    """The plan with cyclic (removed, receiver) pairs written into its cuts, where its rule merges pairs."""
+    if not MERGE_RULES[plan.merge].pairs:
+        return plan
+    cuts = tuple(replace(cut, pairs=cyclic_pairs(scores[cut.group], cut.keep)) for cut in plan.cuts)
+    return replace(plan, cuts=cuts)
+
+
+def merge(
+    state: Mapping[str, Tensor],
+    plan: PrunePlan,
+    trace: Trace,
+    batches: Sequence[Tensor],
+    config: CampHiVeConfig,
+    *,
+    reduce: Reduce = lambda tensor: tensor,
+    progress: bool = False,
+) -> State:
+    """Full-width weights after the plan's merge rule; the columns of removed channels are zero.
+
+    `batches` are calibration images [N, C, H, W], this process's share; `reduce` sums a tensor over processes.
+    """
+    rule = MERGE_RULES[plan.merge]
+    if rule.mix is None:
+        return reconstruct(
+            state, plan, trace, batches, ridge=config.ridge, seed=config.seed, reduce=reduce, progress=progress
+        )
+    layers = _layers(trace)
+    pairs = {cut.group: cut.pairs for cut in plan.cuts}
+    consumers = [
+        (group, slot, plan.keep[group.name])
+        for group in plan.groups
+        for slot in group.consumers()
+        if 0 < len(plan.keep[group.name]) < group.size
+    ]
+    read = {slot.tensor for _, slot, _ in consumers}
+    moments = _moments(trace, state, batches, {layers[name] for name in read}, reduce) if rule.looks_at_data else {}
+    merged = dict(state)
+    for group, slot, keep in consumers:
+        mean, second = None, None
+        if moments:
+            per_group = state[slot.tensor].shape[1]
+            mean, second = _on_channels(moments[layers[slot.tensor]], slot, group.size, per_group)
+        rows, constant = rule.mix(Removal(group.size, keep, pairs[group.name], mean, second, config.ridge))
+        merged[slot.tensor], extra = _mixed(merged[slot.tensor], slot, rows, constant)
+        carrier = constant_carrier(layers[slot.tensor], trace.graph.tensors)
+        if carrier and extra.any():
+            name, sign = carrier
+            merged[name] = merged[name] + sign * extra.to(merged[name])
+    return mask_state(merged, plan)
+
+
+def _layers(trace: Trace) -> dict[str, fx.Node]:
+    """The convolution or linear layer that uses each weight (the last one, where several do)."""
+    tensors = trace.graph.tensors
+    return {
+        tensors[node.args[1]]: node
+        for node in trace.graph.operations
+        if operation(node) in ("conv2d", "linear") and node.args[1] in tensors
+    }
+
+
+def _moments(
+    trace: Trace, state: Mapping[str, Tensor], batches: Sequence[Tensor], layers: set[fx.Node], reduce: Reduce
+) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """(mean [C_in], second moment [C_in, C_in]) of each layer's input channels over images and positions, in float64."""
+    sums: dict[fx.Node, Tensor] = {}
+    sources = {layer: layer.args[0] for layer in layers}
+    with torch.no_grad():
+        for images in batches:
+            values = dict(zip(sources, trace.graph.run(state, images, list(sources.values()))))
+            for layer, x in values.items():
+                rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
+                rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+                sums[layer] = sums.get(layer, 0) + sum((part.mT @ part).double() for part in rows.split(8192))
+    moments = {}
+    for layer, total in sums.items():
+        total = reduce(total) / reduce(total)[-1, -1]
+        moments[layer] = (total[-1, :-1], total[:-1, :-1])
+    return moments
+
+
+def _on_channels(moments: tuple[Tensor, Tensor], slot: Slot, size: int, per_group: int) -> tuple[Tensor, Tensor]:
+    """Moments of a layer's inputs on a group's channels, averaged over the positions that belong to each channel.
+
+    A grouped convolution reads the same offset of each of its groups; a flattened map repeats each channel.
+    """
+    mean, second = moments
+    index = torch.tensor(slot.index).view(size, -1)
+    starts = range(0, len(mean), per_group)
+    offsets = [index[:, r] + start for r in range(index.shape[1]) for start in starts]
+    return (
+        torch.stack([mean[i] for i in offsets]).mean(0),
+        torch.stack([second[i][:, i] for i in offsets]).mean(0),
+    )
+
+
+def _mixed(weight: Tensor, slot: Slot, rows: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    """W + W rows along the slot's axis, and the constant that reaches each output, sum_s sum_taps W[:, s] constant[s]."""
+    index = torch.tensor(slot.index).view(len(rows), -1)
+    weight, extra = weight.clone(), torch.zeros(weight.shape[0], dtype=torch.float64)
+    for positions in index.T:
+        columns = weight[:, positions].double()
+        weight[:, positions] += torch.einsum("os...,st->ot...", columns, rows).to(weight)
+        extra += columns.flatten(2).sum(2) @ constant if columns.dim() > 2 else columns @ constant
+    return weight, extra

@@ -1,0 +1,260 @@
+"""The plan as a value: which channels of which group go, worked out before a weight is touched.
+
+Pure data, standard library only. Equal plans are ==, and a plan equals its JSON.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal
+
+from .errors import PlanError
+
+PLAN_FILE = "prune_plan.json"
+SCHEMA = 1
+Role = Literal["producer", "affine", "consumer"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One axis of one tensor that carries a group's channels.
+
+    `index` lists positions along the axis, channel by channel: channel c of a group of C channels sits at
+    `index[c * r : (c + 1) * r]` with r = len(index) / C (r > 1 after a flatten, or in tied convolution groups).
+    """
+
+    tensor: str
+    axis: int
+    role: Role
+    index: tuple[int, ...]
+
+    def positions(self, channels: Iterable[int], size: int) -> list[int]:
+        """Positions of the given channels, in ascending order, for a group of `size` channels."""
+        repeat = len(self.index) // size
+        return sorted(p for c in channels for p in self.index[c * repeat : (c + 1) * repeat])
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that live or die together, across every tensor that carries them.
+
+    `frozen` is the reason why none may be removed, or None.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    frozen: str | None = None
+
+    def consumers(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.role == "consumer")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch that can be dropped whole: module(x) becomes after(shortcut(x) + constant).
+
+    `shortcut` and `after` name the child modules of `module` that remain. `groups` are the groups inside the branch;
+    a branch is dropped when one of `gates`, each of which alone feeds the branch's output, is emptied.
+    """
+
+    module: str
+    shortcut: tuple[str, ...]
+    after: tuple[str, ...]
+    groups: tuple[str, ...]
+    gates: tuple[str, ...]
+    tensors: tuple[str, ...]
+    add: str
+    output: str
+
+
+@dataclass(frozen=True)
+class ChannelCut:
+    """Channels `keep` of a group stay; `pairs` are (removed, receiver) channels of a pairwise merge rule."""
+
+    group: str
+    keep: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """One cycle's decision: cuts and dropped branches for a network with these groups.
+
+    `macs_before` and `macs_after` count multiply-accumulates per image (1 MAC = 2 FLOPs).
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    branches: tuple[Branch, ...]
+    cuts: tuple[ChannelCut, ...]
+    dropped: tuple[str, ...]
+    criterion: str
+    merge: str
+    macs_before: int
+    macs_after: int
+
+    def __post_init__(self) -> None:
+        sizes = {group.name: group for group in self.groups}
+        for cut in self.cuts:
+            group = sizes.get(cut.group)
+            if group is None:
+                raise PlanError(f"the plan cuts group {cut.group!r}, which is not among its groups")
+            if group.frozen:
+                raise PlanError(f"the plan cuts group {cut.group!r}, which is frozen: {group.frozen}")
+            if any(not 0 <= c < group.size for c in cut.keep) or any(a >= b for a, b in pairwise(cut.keep)):
+                raise PlanError(
+                    f"group {cut.group!r}: keep must be ascending channels of 0..{group.size - 1}, got {cut.keep}"
+                )
+            for removed, receiver in cut.pairs:
+                if removed in cut.keep or receiver not in cut.keep:
+                    raise PlanError(
+                        f"group {cut.group!r}: pair ({removed}, {receiver}) must go from a removed to a kept channel"
+                    )
+        if unknown := set(self.dropped) - {branch.module for branch in self.branches}:
+            raise PlanError(f"the plan drops {sorted(unknown)}, which are not among its branches")
+
+    @cached_property
+    def keep(self) -> Mapping[str, tuple[int, ...]]:
+        """Kept channels of every group, cut or not."""
+        kept = {group.name: tuple(range(group.size)) for group in self.groups}
+        return kept | {cut.group: cut.keep for cut in self.cuts}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "criterion": self.criterion,
+            "merge": self.merge,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "dropped": list(self.dropped),
+            "cuts": [
+                {"group": cut.group, "keep": encode_runs(cut.keep), "pairs": [list(pair) for pair in cut.pairs]}
+                for cut in self.cuts
+            ],
+            "groups": [
+                {
+                    "name": group.name,
+                    "size": group.size,
+                    "frozen": group.frozen,
+                    "slots": [[s.tensor, s.axis, s.role, encode_runs(s.index)] for s in group.slots],
+                }
+                for group in self.groups
+            ],
+            "branches": [
+                {key: list(value) if isinstance(value, tuple) else value for key, value in vars(branch).items()}
+                for branch in self.branches
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PrunePlan":
+        """Rebuild a plan; raises `PlanError` where a key is missing or unknown, or a value does not fit."""
+        try:
+            return cls(
+                groups=tuple(
+                    ChannelGroup(
+                        group["name"],
+                        group["size"],
+                        tuple(
+                            Slot(tensor, axis, role, decode_runs(runs)) for tensor, axis, role, runs in group["slots"]
+                        ),
+                        group["frozen"],
+                    )
+                    for group in values["groups"]
+                ),
+                branches=tuple(
+                    Branch(
+                        **{key: tuple(value) if isinstance(value, list) else value for key, value in branch.items()}
+                    )
+                    for branch in values["branches"]
+                ),
+                cuts=tuple(
+                    ChannelCut(cut["group"], decode_runs(cut["keep"]), tuple((a, b) for a, b in cut["pairs"]))
+                    for cut in values["cuts"]
+                ),
+                dropped=tuple(values["dropped"]),
+                **{key: values[key] for key in ("criterion", "merge", "macs_before", "macs_after")},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"this is no plan of hf_camphive: {type(error).__name__} {error}") from error
+
+    def summary(self) -> str:
+        """The plan as a table: one row a group that is cut, then what is dropped and what is frozen."""
+        rows = [("group", "channels", "kept", "removed")]
+        keep = self.keep
+        for group in self.groups:
+            if (kept := len(keep[group.name])) < group.size:
+                rows.append((group.name, str(group.size), str(kept), f"{1 - kept / group.size:.0%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        if self.dropped:
+            lines.append(f"dropped whole: {', '.join(self.dropped)}")
+        for group in self.groups:
+            if group.frozen:
+                lines.append(f"frozen: {group.name} ({group.size} channels): {group.frozen}")
+        share = self.macs_after / self.macs_before
+        lines.append(
+            f"MACs per image: {self.macs_before:,} -> {self.macs_after:,} ({share:.1%}, {1 / share:.2f}x fewer)"
+        )
+        return "\n".join(lines)
+
+    def diff(self, other: "PrunePlan") -> str:
+        """Where two plans for the same groups part: one line a group, empty when they keep the same channels."""
+        mine, theirs = self.keep, other.keep
+        lines = []
+        for name in sorted(mine.keys() | theirs.keys()):
+            a, b = set(mine.get(name, ())), set(theirs.get(name, ()))
+            if a != b:
+                lines.append(
+                    f"{name}: keeps {encode_runs(sorted(a - b)) or '-'} where the other keeps {encode_runs(sorted(b - a)) or '-'}"
+                )
+        return "\n".join(lines)
+
+
+def plans_to_json(plans: Iterable[PrunePlan]) -> str:
+    """The plans of all cycles, in order, as the text of `prune_plan.json`."""
+    return json.dumps({"schema": SCHEMA, "cycles": [plan.to_dict() for plan in plans]}, indent=1) + "\n"
+
+
+def plans_from_json(text: str) -> tuple[PrunePlan, ...]:
+    """Read `prune_plan.json`; raises `PlanError` on a newer schema or a damaged file."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"the plan is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        raise PlanError(f"this is no plan of schema {SCHEMA}; install the version of hf_camphive that wrote it")
+    return tuple(PrunePlan.from_dict(cycle) for cycle in values["cycles"])
+
+
+def encode_runs(numbers: Iterable[int]) -> str:
+    """Numbers as slices: (0, 1, 2, 8, 10, 12) -> "0:3 8:13:2"; single numbers stand alone."""
+    numbers, parts, i = list(numbers), [], 0
+    while i < len(numbers):
+        step = numbers[i + 1] - numbers[i] if i + 1 < len(numbers) else 0
+        j = i + 1
+        while step > 0 and j < len(numbers) and numbers[j] - numbers[j - 1] == step:
+            j += 1
+        if j - i > 2 or (j - i == 2 and step == 1):
+            parts.append(f"{numbers[i]}:{numbers[j - 1] + 1}" + (f":{step}" if step > 1 else ""))
+        else:
+            parts.append(str(numbers[i]))
+            j = i + 1
+        i = j
+    return " ".join(parts)
+
+
+def decode_runs(text: str) -> tuple[int, ...]:
+    """The inverse of `encode_runs`."""
+    numbers: list[int] = []
+    for part in text.split():
+        bounds = [int(p) for p in part.split(":")]
+        numbers.extend(range(*bounds) if len(bounds) > 1 else bounds)
+    return tuple(numbers)

@@ -1,0 +1,335 @@
+"""Reconstruction: the kept channels take over what the removed ones did, layer by layer, in closed form.
+
+In forward order each layer's kept weights are refitted by ridge regression so that, fed with the pruned network's
+activations, the layer gives the dense network's output; the last layer before a residual add is fitted to the dense sum
+minus the pruned shortcut, so that every block repairs the error it inherits. No labels, no learning rate, one pass.
+
+Works on full-width weights (removed columns stay zero) and returns new ones; the network itself is not touched.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from tqdm.auto import tqdm
+
+from .branches import Junction, affine_path, junctions
+from .graph import compute, operation
+from .plan import PrunePlan
+from .surgery import State, mask_state
+from .tracing import Trace
+
+ROWS_PER_UNKNOWN = 40  # rows of a fit for each of its unknowns, where there are that many
+LEAST_ROWS = 20_000
+ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
+Reduce = Callable[[Tensor], Tensor]
+Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One least-squares problem: the layer `node` with this weight, fitted to the dense value `target`.
+
+    With a `junction` the target is the dense sum minus the pruned shortcut, taken back through the norms on `path`.
+    """
+
+    node: fx.Node
+    weight: str
+    target: fx.Node
+    path: tuple[fx.Node, ...] = ()
+    junction: Junction | None = None
+
+
+def reconstruct(
+    state: Mapping[str, Tensor],
+    plan: PrunePlan,
+    trace: Trace,
+    batches: Sequence[Tensor],
+    *,
+    ridge: float = 1e-4,
+    seed: int = 0,
+    reduce: Reduce = lambda tensor: tensor,
+    progress: bool = False,
+) -> State:
+    """Weights at full width with which the masked network comes as near to the dense one as its kept channels can.
+
+    For each layer, min over D of sum ||T - (W + D) x||^2 + ridge * tr(X^T X) / d * ||D||^2, where the rows x [d] of X are
+    the patches of kept inputs (d = C_in_kept * kH * kW), T [rows, C_out] is the target and W the present weight. A
+    constant is fitted with it where the layer's bias or the norm after it can carry one.
+    `batches` are images [N, C, H, W]; on several processes each passes its share and `reduce` sums over processes.
+    """
+    pruned = mask_state(state, plan)
+    twins = _Twins(trace, plan)
+    columns = _kept_columns(plan, state)
+    images = float(reduce(torch.tensor([float(sum(map(len, batches)))], dtype=torch.float64)))
+    held: list[dict[Job, Tensor]] = [{(False, trace.graph.image): batch} for batch in batches]
+    start = 0
+    with torch.no_grad():
+        for stop in tqdm(twins.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
+            fit = twins.fits[twins.order[stop][1]]
+            constants = (trace.graph.bind(state), trace.graph.bind(pruned))
+            sums = _Sums()
+            fits_in_memory = None
+            for number, earlier in enumerate(held):
+                values = twins.advance(earlier, constants, start, stop)
+                if fits_in_memory is None:
+                    fits_in_memory = sum(v.nbytes for v in values.values()) * len(held) <= ACTIVATION_BYTES
+                if fits_in_memory:
+                    held[number] = values
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
+                sums.add(*_rows(fit, twins, values, pruned, columns.get(fit.weight), images, generator))
+            if fits_in_memory:
+                start = stop
+            _update(pruned, fit, twins, columns.get(fit.weight), *sums.solve(ridge, reduce))
+    return pruned
+
+
+class _Twins:
+    """The dense and the masked network as one list of operations; what the plan does not change is computed once."""
+
+    def __init__(self, trace: Trace, plan: PrunePlan) -> None:
+        self.graph, self.tensors = trace.graph, trace.graph.tensors
+        self.fits: dict[fx.Node, Fit] = {}
+        self.changed: set[fx.Node] = set()
+        self._find_fits(plan)
+        self.order = self._depth_first()
+        self.stops = [i for i, (pruned, node) in enumerate(self.order) if pruned and node in self.fits]
+        self.last_use = {need: i for i, job in enumerate(self.order) for need in self.needs(job)}
+
+    def job(self, pruned: bool, node: fx.Node) -> Job:
+        return (pruned and node in self.changed, node)
+
+    def needs(self, job: Job) -> list[Job]:
+        """Values that an operation needs, and for a layer that is fitted, those that its fit needs."""
+        pruned, node = job
+        needs = [self.job(pruned, used) for used in node.all_input_nodes if not self._is_constant(used)]
+        if pruned and (fit := self.fits.get(node)):
+            needs.append((False, fit.target))
+            if fit.junction:
+                needs.append(self.job(True, fit.junction.shortcut))
+        return needs
+
+    def advance(
+        self, values: Mapping[Job, Tensor], constants: tuple[Mapping, Mapping], start: int, stop: int
+    ) -> dict[Job, Tensor]:
+        """Values held just before operation `stop`, from those held before operation `start`."""
+        values = dict(values)
+        for position in range(start, stop):
+            pruned, node = job = self.order[position]
+            needed = {
+                used: values[self.job(pruned, used)] for used in node.all_input_nodes if not self._is_constant(used)
+            }
+            values[job] = compute(node, {**constants[pruned], **needed})
+            for need in self.needs(job):
+                if self.last_use[need] == position:
+                    del values[need]
+        return values
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node is not self.graph.image
+
+    def _find_fits(self, plan: PrunePlan) -> None:
+        """Every layer whose weight or input the plan changes is fitted, unless nothing reads it or it is used twice."""
+        keep = plan.keep
+        cut = {s.tensor for group in plan.groups for s in group.consumers() if len(keep[group.name]) < group.size}
+        emptied = {
+            s.tensor for group in plan.groups for s in group.slots if s.role != "consumer" and not keep[group.name]
+        }
+        uses = Counter(self.tensors[u] for n in self.graph.operations for u in n.all_input_nodes if u in self.tensors)
+        repairs = {path[0]: (found, path[1:]) for found in junctions(self.graph) if (path := affine_path(found))}
+        for node in self.graph.operations:
+            if not any(used in self.changed or self.tensors.get(used) in cut for used in node.all_input_nodes):
+                continue
+            self.changed.add(node)
+            weight = self.tensors.get(node.args[1]) if operation(node) in ("conv2d", "linear") else None
+            if weight is None or weight in emptied or uses[weight] > 1 or isinstance(_argument(node, 4), str):
+                continue
+            junction, path = repairs.get(node, (None, ()))
+            self.fits[node] = Fit(node, weight, junction.add if junction else node, tuple(path), junction)
+
+    def _depth_first(self) -> list[Job]:
+        """All operations, each after what it needs; depth first, so that few values are held at a time."""
+        order: dict[Job, None] = {}
+        pending = [(self.job(True, self.graph.logits), False)]
+        while pending:
+            job, ready = pending.pop()
+            if job in order or job[1] is self.graph.image:
+                continue
+            if ready:
+                order[job] = None
+            else:
+                pending.append((job, True))
+                pending.extend((need, False) for need in reversed(self.needs(job)))
+        return list(order)
+
+
+# One fit: rows, sums, solution
+
+
+class _Sums:
+    """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64."""
+
+    def __init__(self) -> None:
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+
+    def add(self, rows: Tensor, errors: Tensor) -> None:
+        """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
+        for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
+            self.gram = self.gram + (some.mT @ some).double()
+            self.cross = self.cross + (some.mT @ rest).double()
+
+    def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups]."""
+        gram, cross = reduce(self.gram), reduce(self.cross)
+        squares = gram.diagonal(dim1=-2, dim2=-1)[:, :-1]
+        damping = torch.zeros_like(gram[:, 0])
+        damping[:, :-1] = (ridge * squares.mean(dim=1, keepdim=True)).clamp_min(1e-12)
+        damping[:, -1] = (1e-9 * gram[:, -1, -1]).clamp_min(1e-12)
+        solution = torch.linalg.solve(gram + torch.diag_embed(damping), cross).mT
+        return solution[..., :-1], solution[..., -1]
+
+
+def _rows(
+    fit: Fit,
+    twins: _Twins,
+    values: Mapping[Job, Tensor],
+    pruned: Mapping[str, Tensor],
+    columns: Tensor | None,
+    images: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Sampled rows of one batch [groups, n, d], each ending in 1, and their errors [groups, n, C_out / groups]."""
+    x = values[twins.job(True, fit.node.args[0])]
+    weight = pruned[fit.weight]
+    target = values[False, fit.target]
+    if fit.junction:
+        target = target - values[twins.job(True, fit.junction.shortcut)]
+    picks = _pick(target, weight, images, generator)
+    target = _at(target, picks)
+    for norm in reversed(fit.path):
+        target = _before_norm(target, norm, twins.tensors, pruned)
+    if fit.junction:  # a channel that the norms silence has no say: leave it as it was
+        silent = _silent(fit, twins.tensors, pruned)
+        target[:, silent] = _at(compute(fit.node, {**twins.graph.bind(pruned), fit.node.args[0]: x}), picks)[:, silent]
+    patches = _patches(x, fit.node, weight, picks)
+    groups = patches.shape[0]
+    output = torch.einsum("gnd,god->gno", patches, weight.reshape(groups, -1, patches.shape[2]))
+    if (bias := _argument(fit.node, 2)) is not None:
+        output = output + pruned[twins.tensors[bias]].view(groups, 1, -1)
+    errors = target.view(len(target), groups, -1).transpose(0, 1) - output
+    if columns is not None:
+        patches = patches.view(groups, len(target), weight.shape[1], -1)[:, :, columns].flatten(2)
+    carried = constant_carrier(fit.node, twins.tensors) is not None
+    return torch.cat([patches, patches.new_full((*patches.shape[:2], 1), float(carried))], dim=-1), errors
+
+
+def _update(pruned: State, fit: Fit, twins: _Twins, columns: Tensor | None, change: Tensor, constant: Tensor) -> None:
+    """Write one fit's solution into the masked weights."""
+    weight = pruned[fit.weight].clone()
+    kept = torch.arange(weight.shape[1]) if columns is None else columns
+    change = change.reshape(weight.shape[0], len(kept), *weight.shape[2:]).to(weight)
+    pruned[fit.weight] = weight.index_add_(1, kept.to(weight.device), change)
+    carrier = constant_carrier(fit.node, twins.tensors)
+    if carrier:
+        name, sign = carrier
+        pruned[name] = pruned[name] + sign * constant.reshape(-1).to(pruned[name])
+
+
+def constant_carrier(node: fx.Node, tensors: Mapping[fx.Node, str]) -> tuple[str, int] | None:
+    """The tensor that can carry a constant added to a layer's output, and the sign with which it does.
+
+    That is the layer's own bias, or the running mean of the norm that alone reads it; None where there is neither.
+    """
+    if (bias := _argument(node, 2)) is not None:
+        return tensors[bias], 1
+    users = list(node.users)
+    if len(users) == 1 and operation(users[0]) == "batch_norm" and users[0].args[3] is not None:
+        return tensors[users[0].args[3]], -1
+    return None
+
+
+def _argument(node: fx.Node, position: int, default: object = None) -> object:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _kept_columns(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions along axis 1 that remain, for every weight that loses some."""
+    gone: dict[str, set[int]] = {}
+    keep = plan.keep
+    for group in plan.groups:
+        removed = sorted(set(range(group.size)) - set(keep[group.name]))
+        for slot in group.consumers() if removed else ():
+            gone.setdefault(slot.tensor, set()).update(slot.positions(removed, group.size))
+    return {
+        name: torch.tensor([i for i in range(state[name].shape[1]) if i not in positions], dtype=torch.long)
+        for name, positions in gone.items()
+    }
+
+
+def _pick(target: Tensor, weight: Tensor, images: float, generator: torch.Generator) -> Tensor:
+    """Which rows of this batch enter the fit: flat indices over images and positions, as many from each image."""
+    available = target.shape[0] * prod(target.shape[2:]) if target.dim() == 4 else target.shape[:-1].numel()
+    wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * weight[0].numel()) * target.shape[0] / images
+    if available <= wanted:
+        return torch.arange(available)
+    return torch.randperm(available, generator=generator)[: ceil(wanted)]
+
+
+def _at(value: Tensor, picks: Tensor) -> Tensor:
+    """Rows [n, C] of a value [N, C, H, W] or [..., C] at flat positions."""
+    rows = value.movedim(1, -1) if value.dim() == 4 else value
+    if len(picks) == rows.shape[:-1].numel():
+        return rows.reshape(-1, rows.shape[-1]).clone()
+    return rows[torch.unravel_index(picks.to(value.device), rows.shape[:-1])]
+
+
+def _before_norm(rows: Tensor, norm: fx.Node, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> Tensor:
+    """The input of a batch norm from its output: z = (y - beta) / scale + mean."""
+    if operation(norm) != "batch_norm":
+        return rows
+    scale, shift, mean = _norm_values(norm, tensors, state)
+    return (rows - shift) / torch.where(scale == 0, torch.ones_like(scale), scale) + mean
+
+
+def _norm_values(norm: fx.Node, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> list[Tensor]:
+    """(scale, shift, mean) of a batch norm, each [C]: y = scale * (z - mean) + shift."""
+    gamma, beta, mean, variance = (state[tensors[t]] if t is not None else None for t in norm.args[1:5])
+    scale = (variance + norm.args[7]).rsqrt()
+    return [scale if gamma is None else scale * gamma, torch.zeros_like(mean) if beta is None else beta, mean]
+
+
+def _silent(fit: Fit, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> Tensor:
+    """Output channels whose way to the residual add is scaled by (almost) nothing, as booleans [C]."""
+    silent = torch.zeros(state[fit.weight].shape[0], dtype=torch.bool)
+    for norm in fit.path:
+        if operation(norm) == "batch_norm":
+            scale = _norm_values(norm, tensors, state)[0].abs()
+            silent |= (scale < 1e-4 * scale.median().clamp_min(1e-12)).cpu()
+    return silent
+
+
+def _patches(x: Tensor, node: fx.Node, weight: Tensor, picks: Tensor) -> Tensor:
+    """Input patches [groups, n, C_in / groups * kH * kW] of a layer at flat output positions."""
+    if operation(node) == "linear":
+        return x.reshape(-1, x.shape[-1])[picks.to(x.device)].unsqueeze(0)
+    stride, padding = _argument(node, 3, 1), _argument(node, 4, 0)
+    dilation, groups = _argument(node, 5, 1), _argument(node, 6, 1)
+    stride, padding, dilation = (_pair(value) for value in (stride, padding, dilation))
+    kernel = weight.shape[2:]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    size = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    image, row, column = torch.unravel_index(picks.to(x.device), (x.shape[0], *size))
+    rows = row[:, None] * stride[0] + torch.arange(kernel[0], device=x.device) * dilation[0]
+    cols = column[:, None] * stride[1] + torch.arange(kernel[1], device=x.device) * dilation[1]
+    found = x.movedim(1, -1)[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # [n, kH, kW, C]
+    found = found.movedim(-1, 1).reshape(len(picks), groups, -1)
+    return found.transpose(0, 1)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])

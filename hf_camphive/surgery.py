@@ -1,0 +1,243 @@
+"""Carrying out a plan: `mask_state` at full width, `apply_plan` for real. The one place where channels are cut.
+
+The two must compute the same function; `apply_plan` checks that on every network before it returns.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PlanError
+from .graph import named_tensors
+from .modeling_camphive import resize, shortcuts_of, widths_of
+from .plan import Branch, ChannelGroup, PrunePlan, Slot
+from .tracing import Trace
+
+State = dict[str, Tensor]
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+
+def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
+    """The plan at full width: consumers read zero from every removed channel, everything else stays.
+
+    W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]. `state` is `named_tensors(net)`.
+    """
+    masked = dict(state)
+    for slot, removed in _removed(plan):
+        if slot.role == "consumer":
+            weight = masked[slot.tensor].clone()
+            weight.index_fill_(slot.axis, torch.tensor(removed, device=weight.device), 0)
+            masked[slot.tensor] = weight
+    return masked
+
+
+def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Cut the removed channels and dropped branches out of a copy of the network; `net` stays as it is.
+
+    `state` holds full-width weights to cut in place of the network's own (what merging made of them); `trace` is the
+    trace of `net` that the plan was made for. Device, dtype, memory format, training mode and requires_grad are kept.
+
+    Raises `PlanError` where the plan does not fit the network, or where the result is not the masked network's function.
+    """
+    state = mask_state(named_tensors(net) if state is None else state, plan)
+    _check_fits(state, plan)
+    constants = _branch_constants(trace, plan, state)
+    small = _shrunk(net, plan, state, constants)
+    _check_same_function(trace, plan, state, small)
+    return small
+
+
+def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Trace:
+    """Guard every group by experiment; a group that fails is frozen with the reason.
+
+    Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's and removed wherever
+    it is read: the output must not move. Two passes in float64 on randomised BatchNorm and biases for all groups at once;
+    only on failure is each group tried alone.
+    """
+    free = [group for group in trace.groups if not group.frozen and group.size > 1]
+    state = _randomised(net, generator)
+    image = torch.randn(2, *trace.input_size, generator=generator, dtype=torch.float64)
+    if _merge_is_lossless(trace, free, state, image, generator):
+        return trace
+    bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
+    reason = "merging two equal channels moved the output: its coupling is not understood"
+    groups = tuple(replace(group, frozen=reason) if group.name in bad else group for group in trace.groups)
+    return replace(trace, groups=groups)
+
+
+# Which positions go
+
+
+def _removed(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
+    """Every slot that loses positions, and which."""
+    groups = {group.name: group for group in plan.groups}
+    for cut in plan.cuts:
+        group = groups[cut.group]
+        kept = set(cut.keep)
+        channels = [c for c in range(group.size) if c not in kept]
+        for slot in group.slots:
+            if removed := slot.positions(channels, group.size):
+                yield slot, removed
+
+
+def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
+    for group in plan.groups:
+        for slot in group.slots:
+            tensor = state.get(slot.tensor)
+            if tensor is None or tensor.dim() <= slot.axis or tensor.shape[slot.axis] <= max(slot.index):
+                found = "absent" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise PlanError(
+                    f"group {group.name!r} expects axis {slot.axis} of {slot.tensor} to hold {max(slot.index) + 1} "
+                    f"positions, but that tensor is {found}; the plan was made for another network"
+                )
+
+
+# Cutting
+
+
+def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[str, Tensor]) -> nn.Module:
+    branches = {branch.module: branch for branch in plan.branches}
+    removed: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for slot, positions in _removed(plan):
+        removed[slot.tensor, slot.axis] |= set(positions)
+    cut: State = {}
+    for name, tensor in state.items():
+        for axis in range(tensor.dim()):
+            if gone := removed.get((name, axis)):
+                kept = [i for i in range(tensor.shape[axis]) if i not in gone]
+                tensor = tensor.index_select(axis, torch.tensor(kept, dtype=torch.long, device=tensor.device))
+        cut[name] = tensor
+    for module in plan.dropped:
+        for name in [name for name in cut if _vanishes(name, branches[module])]:
+            del cut[name]
+        cut[f"{module}.constant"] = _cut_constant(constants[module], branches[module], plan)
+
+    small = copy.deepcopy(net)
+    shortcuts = shortcuts_of(small)
+    for module in plan.dropped:
+        shortcuts[module] = {"shortcut": list(branches[module].shortcut), "after": list(branches[module].after)}
+    widths = {}
+    for name in [*widths_of(net), *plan.dropped]:
+        weight = cut.get(f"{name}.constant", cut.get(f"{name}.weight"))
+        if weight is not None:
+            widths[name] = list(weight.shape)
+    resize(small, widths, shortcuts)
+    with torch.no_grad():
+        tensors = named_tensors(small)
+        if missing := tensors.keys() ^ cut.keys():
+            raise PlanError(f"cutting left tensors {sorted(missing)[:5]} on one side only; please report this network")
+        for name, tensor in tensors.items():
+            if tensor.shape != cut[name].shape:
+                raise PlanError(
+                    f"{name} should have shape {list(cut[name].shape)} after the cut but has {list(tensor.shape)}; "
+                    "please report this network"
+                )
+            tensor.copy_(cut[name])
+    return small
+
+
+def _vanishes(name: str, branch: Branch) -> bool:
+    """Whether a tensor belongs to a dropped block and to none of the children that remain."""
+    stays = tuple(f"{branch.module}.{child}." for child in (*branch.shortcut, *branch.after))
+    return name.startswith(branch.module + ".") and not name.startswith(stays)
+
+
+def _cut_constant(constant: Tensor, branch: Branch, plan: PrunePlan) -> Tensor:
+    """The constant [C] of a dropped branch, on the channels of the residual stream that are kept."""
+    for group in plan.groups:
+        produced = any(slot.tensor in branch.tensors and slot.axis == 0 for slot in group.slots)
+        if produced and group.name not in branch.groups and group.size == len(constant):
+            return constant[list(plan.keep[group.name])]
+    return constant
+
+
+def _branch_constants(trace: Trace, plan: PrunePlan, masked: State) -> dict[str, Tensor]:
+    """What each dropped branch still adds once nothing inside it is read: one value a channel, [C]."""
+    if not plan.dropped:
+        return {}
+    nodes = {node.name: node for node in trace.graph.operations}
+    branches = {branch.module: branch for branch in plan.branches}
+    outputs = [nodes[branches[module].output] for module in plan.dropped]
+    example = next(iter(masked.values()))
+    image = torch.zeros(1, *trace.input_size, dtype=example.dtype, device=example.device)
+    with torch.no_grad():
+        values = trace.graph.run(masked, image, outputs)
+    constants = {}
+    for module, value in zip(plan.dropped, values):
+        flat = value[0].flatten(1)
+        spread = (flat.amax(1) - flat.amin(1)).max()
+        if spread > 1e-5 * (1 + flat.abs().max()):
+            raise PlanError(
+                f"the emptied branch of {module} is not constant (spread {spread:.2e}); keep it with min_channels"
+            )
+        constants[module] = flat.mean(1)
+    return constants
+
+
+# Checks
+
+
+def _check_same_function(trace: Trace, plan: PrunePlan, masked: State, small: nn.Module) -> None:
+    """Raise unless the cut network computes what the masked one does, on one random image."""
+    example = next(small.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *trace.input_size, generator=generator).to(example.device, example.dtype)
+    training = small.training
+    with torch.no_grad():
+        (expected,) = trace.graph.run(masked, image)
+        found = small.eval()(image)
+    small.train(training)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not error <= _TOLERANCE.get(example.dtype, 1e-1):
+        raise PlanError(
+            f"the cut network differs from the masked one (relative error {error:.1e}); nothing was saved. "
+            "Please report this network, or freeze the groups that it has beyond the usual"
+        )
+
+
+def _randomised(net: nn.Module, generator: torch.Generator) -> State:
+    """A float64 state in which every vector differs from zero, so that no path is silent (zero-initialised norms)."""
+    state = {}
+    for name, tensor in named_tensors(net).items():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        state[name] = tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.detach().cpu()
+    return state
+
+
+def _merge_is_lossless(
+    trace: Trace, groups: list[ChannelGroup], state: State, image: Tensor, generator: torch.Generator
+) -> bool:
+    state = dict(state)
+    pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
+    for slot, kept, removed in _pair_slots(groups, pairs, "producer", "affine"):
+        tensor = state[slot.tensor].clone()
+        tensor.index_copy_(slot.axis, removed, tensor.index_select(slot.axis, kept))
+        state[slot.tensor] = tensor
+    with torch.no_grad():
+        (before,) = trace.graph.run(state, image)
+        for slot, kept, removed in _pair_slots(groups, pairs, "consumer"):
+            tensor = state[slot.tensor].clone()
+            tensor.index_add_(slot.axis, kept, tensor.index_select(slot.axis, removed))
+            tensor.index_fill_(slot.axis, removed, 0)
+            state[slot.tensor] = tensor
+        (after,) = trace.graph.run(state, image)
+    return bool((after - before).abs().max() <= 1e-8 * before.abs().max().clamp_min(1e-300))
+
+
+def _pair_slots(
+    groups: list[ChannelGroup], pairs: Mapping[str, list[int]], *roles: str
+) -> Iterable[tuple[Slot, Tensor, Tensor]]:
+    for group in groups:
+        kept, removed = pairs[group.name]
+        for slot in group.slots:
+            if slot.role in roles:
+                yield (
+                    slot,
+                    torch.tensor(slot.positions([kept], group.size)),
+                    torch.tensor(slot.positions([removed], group.size)),
+                )
