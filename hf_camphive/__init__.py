@@ -1,3 +1,33 @@
-"""Make image classifiers from the Hugging Face Hub smaller for real."""
+"""Make image classifiers from the Hugging Face Hub smaller for real.
+
+    import hf_camphive
+    model = hf_camphive.from_pretrained("user/resnet18-camphive")
+
+Names are loaded on first use, so that importing the package alone stays quick; transformers' and timm's own readers know
+pruned models as soon as it is imported.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from . import modeling_camphive  # noqa: F401  (registers the readers)
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CampHiVeConfig": "config",
+    "CampHiVePruner": "pruner",
+    "CampHiVeError": "errors",
+    "CampHiVeForImageClassification": "modeling_camphive",
+    "PrunePlan": "plan",
+    "from_pretrained": "hub",
+    "load_base": "models",
+    "load_loaders": "data",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -187,7 +187,8 @@ def _moments(
                 sums[layer] = sums.get(layer, 0) + sum((part.mT @ part).double() for part in rows.split(8192))
     moments = {}
     for layer, total in sums.items():
-        total = reduce(total) / reduce(total)[-1, -1]
+        total = reduce(total).cpu()
+        total = total / total[-1, -1]
         moments[layer] = (total[-1, :-1], total[:-1, :-1])
     return moments
 

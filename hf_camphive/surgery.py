@@ -43,8 +43,9 @@ def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str
 
     Raises `PlanError` where the plan does not fit the network, or where the result is not the masked network's function.
     """
-    state = mask_state(named_tensors(net) if state is None else state, plan)
+    state = named_tensors(net) if state is None else state
     _check_fits(state, plan)
+    state = mask_state(state, plan)
     constants = _branch_constants(trace, plan, state)
     small = _shrunk(net, plan, state, constants)
     _check_same_function(trace, plan, state, small)
@@ -54,13 +55,14 @@ def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str
 def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Trace:
     """Guard every group by experiment; a group that fails is frozen with the reason.
 
-    Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's and removed wherever
-    it is read: the output must not move. Two passes in float64 on randomised BatchNorm and biases for all groups at once;
+    Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's wherever it is read, and
+    r is filled with nonsense: the output must not move. Two passes in float64 on randomised BatchNorm and biases for all groups at once;
     only on failure is each group tried alone.
     """
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     state = _randomised(net, generator)
     image = torch.randn(2, *trace.input_size, generator=generator, dtype=torch.float64)
+    image = image.to(next(net.parameters()).device)
     if _merge_is_lossless(trace, free, state, image, generator):
         return trace
     bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
@@ -126,6 +128,8 @@ def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[st
         if weight is not None:
             widths[name] = list(weight.shape)
     resize(small, widths, shortcuts)
+    if _is_channels_last(net):
+        small = small.to(memory_format=torch.channels_last)
     with torch.no_grad():
         tensors = named_tensors(small)
         if missing := tensors.keys() ^ cut.keys():
@@ -138,6 +142,13 @@ def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[st
                 )
             tensor.copy_(cut[name])
     return small
+
+
+def _is_channels_last(net: nn.Module) -> bool:
+    return any(
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in net.parameters()
+    )
 
 
 def _vanishes(name: str, branch: Branch) -> bool:
@@ -204,8 +215,8 @@ def _randomised(net: nn.Module, generator: torch.Generator) -> State:
     state = {}
     for name, tensor in named_tensors(net).items():
         if tensor.is_floating_point() and tensor.dim() == 1:
-            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-        state[name] = tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.detach().cpu()
+            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        state[name] = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
     return state
 
 
@@ -214,23 +225,27 @@ def _merge_is_lossless(
 ) -> bool:
     state = dict(state)
     pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
-    for slot, kept, removed in _pair_slots(groups, pairs, "producer", "affine"):
+    for slot, kept, removed in _pair_slots(groups, pairs, image.device, "producer", "affine"):
         tensor = state[slot.tensor].clone()
         tensor.index_copy_(slot.axis, removed, tensor.index_select(slot.axis, kept))
         state[slot.tensor] = tensor
     with torch.no_grad():
         (before,) = trace.graph.run(state, image)
-        for slot, kept, removed in _pair_slots(groups, pairs, "consumer"):
+        for slot, kept, removed in _pair_slots(groups, pairs, image.device, "consumer"):
             tensor = state[slot.tensor].clone()
             tensor.index_add_(slot.axis, kept, tensor.index_select(slot.axis, removed))
             tensor.index_fill_(slot.axis, removed, 0)
+            state[slot.tensor] = tensor
+        for slot, _, removed in _pair_slots(groups, pairs, image.device, "producer", "affine"):
+            tensor = state[slot.tensor].clone()
+            tensor.index_fill_(slot.axis, removed, 7.0)
             state[slot.tensor] = tensor
         (after,) = trace.graph.run(state, image)
     return bool((after - before).abs().max() <= 1e-8 * before.abs().max().clamp_min(1e-300))
 
 
 def _pair_slots(
-    groups: list[ChannelGroup], pairs: Mapping[str, list[int]], *roles: str
+    groups: list[ChannelGroup], pairs: Mapping[str, list[int]], device: torch.device, *roles: str
 ) -> Iterable[tuple[Slot, Tensor, Tensor]]:
     for group in groups:
         kept, removed = pairs[group.name]
@@ -238,6 +253,6 @@ def _pair_slots(
             if slot.role in roles:
                 yield (
                     slot,
-                    torch.tensor(slot.positions([kept], group.size)),
-                    torch.tensor(slot.positions([removed], group.size)),
+                    torch.tensor(slot.positions([kept], group.size), device=device),
+                    torch.tensor(slot.positions([removed], group.size), device=device),
                 )

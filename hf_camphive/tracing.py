@@ -63,6 +63,7 @@ class _Tracer:
         self.places: dict[int, list[tuple[str, int, Role, int]]] = defaultdict(
             list
         )  # atom -> tensor, axis, role, position
+        self.owners: dict[tuple[str, int, int], int] = {}  # tensor, axis, position -> first atom placed there
         self.values: dict[fx.Node, object] = {}
         self.positions: dict[str, int] = defaultdict(int)
 
@@ -88,6 +89,10 @@ class _Tracer:
             self.parent[atom] = atom = self.parent[self.parent[atom]]
         return atom
 
+    def join(self, a: int, b: int) -> None:
+        a, b = sorted((self.root(a), self.root(b)))
+        self.parent[b] = a
+
     def couple(self, a: Tensor, b: Tensor) -> Tensor:
         """Join the atoms of two label tensors element by element (broadcast); returns the joint labels."""
         a, b = torch.broadcast_tensors(a, b)
@@ -96,8 +101,7 @@ class _Tracer:
         for pair in torch.unique(pairs).tolist():
             x, y = (label - 1 for label in divmod(pair, len(self.parent) + 1))
             if x != NO_CHANNEL and y != NO_CHANNEL:
-                x, y = sorted((self.root(x), self.root(y)))
-                self.parent[y] = x
+                self.join(x, y)
         return torch.where(a == NO_CHANNEL, b, a).expand(shape)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
@@ -106,10 +110,11 @@ class _Tracer:
                 self.reasons.setdefault(atom, reason)
 
     def place(self, atoms: Tensor, tensor: str, axis: int, role: Role) -> None:
-        """Note that position i of a tensor's axis belongs to atoms[i]."""
+        """Note that position i of a tensor's axis belongs to atoms[i]; a tensor used twice couples both uses."""
         for position, atom in enumerate(atoms.tolist()):
             if atom != NO_CHANNEL:
                 self.places[atom].append((tensor, axis, role, position))
+                self.join(self.owners.setdefault((tensor, axis, position), atom), atom)
 
     # Values
 

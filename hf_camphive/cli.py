@@ -1,0 +1,291 @@
+"""The command line: `camphive prune | inspect | evaluate`, and the same job for `accelerate launch scripts/prune.py`.
+
+Arguments -> config -> pruner; prints what a user should see. The only file that prints.
+"""
+
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CampHiVeError, ConfigError
+
+USAGE = """usage: camphive {prune,inspect,evaluate} [options]
+
+Make image classifiers from the Hugging Face Hub smaller for real.
+
+  prune      score, merge, cut, finetune and save; without options, the demo
+  inspect    show a network's channel groups, what they cost, and what cannot be cut and why
+  evaluate   top-1, top-5, MACs and latency of any model on a dataset
+
+camphive COMMAND --help lists the options of a command.
+"""
+BUNDLED_MODEL, BUNDLED_DATASET = "digits_resnet", "digits"
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which network."""
+
+    model: str = _option(
+        BUNDLED_MODEL,
+        "Hub id (timm/resnet18.a1_in1k, with @revision if you like), a folder, a network name with --checkpoint, or "
+        "digits_resnet, which is bundled.",
+        aliases=["--model_name_or_path"],
+    )
+    checkpoint: str | None = _option(None, "Safetensors file with the weights of a timm network that --model names.")
+
+
+@dataclass
+class DataArguments:
+    """Which images."""
+
+    dataset: str | None = _option(
+        None,
+        "Hub id, a folder (parquet, class folders, save_to_disk), or digits, which is bundled. By default digits for "
+        "digits_resnet, cifar10 for cifar_* networks, else imagenet-1k.",
+        aliases=["--dataset_name"],
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")
+    image_column_name: str | None = _option(None, "Image column; found by type if not given.")
+    label_column_name: str | None = _option(None, "Label column; found by type if not given.")
+    streaming: bool = _option(False, "Read the dataset as a stream instead of downloading it.")
+    max_train_samples: int | None = _option(None, "Use at most so many training images.")
+    max_eval_samples: int | None = _option(None, "Use at most so many validation and test images.")
+    dataloader_num_workers: int | None = _option(None, "Loading processes of each loader.")
+
+
+@dataclass
+class RunArguments:
+    """What to do with the result."""
+
+    output_dir: str | None = _option(None, "Folder of the pruned model; outputs/<model>-camphive by default.")
+    overwrite: bool = _option(False, "Replace a pruned model that stands in the output folder.")
+    dry_run: bool = _option(False, "Only plan: print the plan and write prune_plan.json into the output folder.")
+    resume: bool = _option(False, "Go on with a run that was killed, from its last finished cycle or epoch.")
+    push_to_hub: bool = _option(False, "Upload the result (log in with `hf auth login` first).")
+    hub_model_id: str | None = _option(None, "Where to upload to: user/name.")
+    hub_private_repo: bool = _option(False, "Make the repo private if it is created.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `camphive`; returns the exit code: 0, or 2 on an error that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"prune": prune, "inspect": inspect, "evaluate": evaluate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if arguments[0] not in commands:
+        print(USAGE, file=sys.stderr)
+        print(f"error: there is no command {arguments[0]!r}", file=sys.stderr)
+        return 2
+    return _guarded(commands[arguments[0]], arguments[1:])
+
+
+def prune_main() -> int:
+    """Entry point of `scripts/prune.py`."""
+    return _guarded(prune, sys.argv[1:])
+
+
+def _guarded(command: Any, arguments: Sequence[str]) -> int:
+    try:
+        command(arguments)
+    except CampHiVeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prune(arguments: Sequence[str]) -> None:
+    """Prune a network, finetune it, save it, and print what came of it."""
+    from .config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
+
+    model, data, run, config = _parse("prune", arguments, ModelArguments, DataArguments, RunArguments, CampHiVeConfig)
+    if run.push_to_hub and not run.hub_model_id:
+        raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
+
+    from .hub import check_output_folder, push_folder
+    from .pruner import CampHiVePruner
+
+    output = Path(run.output_dir or f"outputs/{_short(model.model)}-camphive")
+    check_output_folder(output, run.overwrite)
+    pruner = CampHiVePruner(_load(model), config)
+    _log_to_terminal(pruner.accelerator.is_local_main_process)
+    pruner.check_budget()
+    loaders = _loaders(model, data, pruner.base.net, config)
+    if run.dry_run:
+        _dry_run(pruner, loaders, output)
+        return
+
+    work = output.with_name(f".{output.name}.work")
+    if pruner.accelerator.is_main_process and not run.resume:
+        shutil.rmtree(work, ignore_errors=True)
+    pruner.accelerator.wait_for_everyone()
+    report = pruner.run(loaders, command=_command_line(), work_dir=work, resume=run.resume)
+    folder = pruner.save_pretrained(output, overwrite=run.overwrite)
+    if not pruner.accelerator.is_main_process:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{report.table()}\n")
+    shown = _relative(folder)
+    print(f"model  {shown}/model.safetensors\ncard   {shown}/README.md\nplots  {shown}/plots/\n")
+    print(f'Load it with\n\n    import hf_camphive\n    model = hf_camphive.from_pretrained("{shown}")\n')
+    if run.push_to_hub:
+        print(f"Pushed to {push_folder(folder, run.hub_model_id, private=run.hub_private_repo or None)}")
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why."""
+    (model,) = _parse("inspect", arguments, ModelArguments)
+
+    from .branches import droppable_branches, residual_streams
+    from .graph import named_tensors
+    from .report import format_count
+    from .tracing import trace_network
+
+    base = _load(model)
+    trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
+    sizes = {name: tensor.numel() for name, tensor in named_tensors(base.net).items()}
+    macs = {name: count * sizes[name] for name, count in trace.positions.items()}
+    parameters = {name: p.numel() for name, p in base.net.named_parameters()}
+    streams = residual_streams(trace)
+    rows = [("group", "channels", "MACs", "parameters", "")]
+    for group in trace.groups:
+        touched = {slot.tensor for slot in group.slots}
+        remark = f"frozen: {group.frozen}" if group.frozen else "residual stream" if group.name in streams else ""
+        rows.append(
+            (
+                group.name,
+                str(group.size),
+                f"{sum(macs.get(name, 0) for name in touched) / sum(macs.values()):.1%}",
+                f"{sum(parameters.get(name, 0) for name in touched) / sum(parameters.values()):.1%}",
+                remark,
+            )
+        )
+    print(f"{base.architecture}: {len(trace.groups)} groups, input {'x'.join(map(str, trace.input_size))}")
+    print(f"{format_count(sum(macs.values()))} MACs per image, {format_count(sum(parameters.values()))} parameters\n")
+    print(_table(rows))
+    branches = droppable_branches(trace)
+    print("\nShares are of the layers that a group touches; a layer between two groups counts for both.")
+    print(f"Residual branches that can be dropped whole: {', '.join(b.module for b in branches) or 'none'}")
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Print the accuracy and the cost of a model."""
+    from .config import CampHiVeConfig
+
+    model, data = _parse("evaluate", arguments, ModelArguments, DataArguments)
+
+    from .report import Stage, footprint, measure_latency, stages_table
+    from .training import evaluate_accuracy, make_accelerator
+
+    config = CampHiVeConfig()
+    base = _load(model)
+    accelerator = make_accelerator(config)
+    loaders = _loaders(model, data, base.net, config)
+    net = base.net.to(accelerator.device)
+    if net.num_classes != len(loaders.info.label_names):
+        raise ConfigError(
+            f"the network has {net.num_classes} classes, the dataset {len(loaders.info.label_names)}; give a dataset "
+            "that the network was trained for"
+        )
+    loader, split = loaders.evaluation
+    accuracy = evaluate_accuracy(net, loader, accelerator, split)
+    size = tuple(net.pretrained_cfg["input_size"])
+    latency = measure_latency({"model": net}, size)["model"]
+    if accelerator.is_main_process:
+        print(stages_table([Stage(_short(model.model), footprint(net, size, latency), accuracy)]))
+
+
+def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
+    from .plan import PLAN_FILE, plans_to_json
+
+    plan = pruner.plan(loaders.calibration)
+    if not pruner.accelerator.is_main_process:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / PLAN_FILE
+    path.write_text(plans_to_json([*pruner.base.plans, plan]), encoding="utf-8")
+    print(plan.summary())
+    if pruner.config.cycles > 1:
+        print(f"This is the first of {pruner.config.cycles} cycles; later ones depend on the network that it leaves.")
+    print(f"\nNothing was changed. The plan is in {_relative(path)}")
+
+
+def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+    from transformers import HfArgumentParser
+
+    doc = {"prune": prune.__doc__, "inspect": inspect.__doc__, "evaluate": evaluate.__doc__}[command]
+    parser = HfArgumentParser(kinds, prog=f"camphive {command}", description=doc, allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+
+
+def _load(model: ModelArguments) -> Any:
+    from .models import load_base
+
+    return load_base(model.model, model.checkpoint)
+
+
+def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) -> Any:
+    from .data import load_loaders
+
+    return load_loaders(
+        data.dataset or _usual_dataset(model.model),
+        net,
+        config,
+        config_name=data.dataset_config_name,
+        image_column=data.image_column_name,
+        label_column=data.label_column_name,
+        streaming=data.streaming,
+        workers=data.dataloader_num_workers,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+    )
+
+
+def _usual_dataset(model: str) -> str:
+    if model == BUNDLED_MODEL:
+        return BUNDLED_DATASET
+    return "cifar10" if model.startswith("cifar_") else "imagenet-1k"
+
+
+def _log_to_terminal(main_process: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_camphive").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def _short(model: str) -> str:
+    return Path(model).name.partition("@")[0]
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _command_line() -> str:
+    """How this run was started, without the folders of this machine."""
+    program = Path(sys.argv[0])
+    start = ["python", "scripts/prune.py"] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *numbers, remark = row
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(numbers, widths[1:])), remark]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""The readers: a pruned timm network as a transformers model and as a timm architecture.
+
+Self-contained (torch, timm, transformers and `.cifar` only): a copy of this file is shipped inside every saved folder
+as remote code. Nothing here looks at values, only at shapes, because transformers builds networks on the meta device.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model, load_pretrained, register_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
+
+from .cifar import CifarResNet  # noqa: F401  (importing it registers the small networks in timm)
+
+__all__ = [
+    "CampHiVeForImageClassification",
+    "CampHiVeTimmConfig",
+    "Shortcut",
+    "resize",
+    "shortcuts_of",
+    "widths_of",
+]
+
+MODEL_TYPE = "camphive_timm"
+ARCHITECTURE = "camphive"
+Widths = Mapping[str, Sequence[int]]
+Shortcuts = Mapping[str, Mapping[str, Sequence[str]]]
+_SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+# What a saved pretrained_cfg leaves out: where the dense weights came from, and what config.json says elsewhere.
+_NOT_SAVED = {
+    *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
+    *("num_classes", "label_names", "label_descriptions", "label_offset"),
+}
+
+
+class Shortcut(nn.Module):
+    """What is left of a residual block whose branch was emptied: y = after(shortcut(x) + constant), [B, C, H, W].
+
+    The children of `block` that remain keep their names, so their tensors do too. `constant` [C] starts at zero.
+    """
+
+    def __init__(self, block: nn.Module, shortcut: Sequence[str], after: Sequence[str], channels: int) -> None:
+        super().__init__()
+        children = dict(block.named_children())
+        if unknown := [name for name in (*shortcut, *after) if name not in children]:
+            raise ValueError(f"{type(block).__name__} has no children {unknown}; it has {list(children)}")
+        self.shortcut_names, self.after_names = tuple(shortcut), tuple(after)
+        for name in (*shortcut, *after):
+            self.add_module(name, children[name])
+        like = next(block.parameters(), torch.empty(0))
+        self.constant = nn.Parameter(like.new_zeros(channels))
+        self.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.shortcut_names:
+            x = self.get_submodule(name)(x)
+        x = x + self.constant.view(1, -1, 1, 1)
+        for name in self.after_names:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def widths_of(net: nn.Module) -> dict[str, list[int]]:
+    """Weight shape of every convolution, linear layer, BatchNorm and `Shortcut` (its constant), by module name."""
+    widths = {}
+    for name, module in net.named_modules():
+        if isinstance(module, Shortcut):
+            widths[name] = list(module.constant.shape)
+        elif isinstance(module, _SIZED):
+            widths[name] = _shape(module)
+    return widths
+
+
+def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
+    """The children that each `Shortcut` of a network kept, by module name."""
+    return {
+        name: {"shortcut": list(module.shortcut_names), "after": list(module.after_names)}
+        for name, module in net.named_modules()
+        if isinstance(module, Shortcut)
+    }
+
+
+def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
+    """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
+
+    A resized tensor holds the leading corner of the old one and zeros beyond it: load the weights next. Layers that
+    are not named stay as they are. The widths that timm networks tell about themselves (num_features,
+    head_hidden_size, feature_info) are brought up to date by one forward pass on the meta device.
+
+    Raises ValueError on names that the network lacks and on shapes that do not fit a layer or one another.
+    """
+    for name, kept in shortcuts.items():
+        block = _module(net, name)
+        if isinstance(block, Shortcut):
+            if (tuple(kept["shortcut"]), tuple(kept["after"])) != (block.shortcut_names, block.after_names):
+                raise ValueError(f"{name} is already a shortcut, which kept {shortcuts_of(net)[name]}, not {kept}")
+        elif name not in widths:
+            raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
+        else:
+            net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
+    for name, shape in widths.items():
+        _resize_module(name, _module(net, name), list(shape))
+    if hasattr(net, "forward_features"):
+        _update_features(net)
+
+
+def camphive(
+    pretrained: bool = False,
+    *,
+    base: str,
+    widths: Widths | None = None,
+    shortcuts: Shortcuts | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Entry point of timm: the architecture `base` with these widths and shortcuts.
+
+    `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture. Raises ValueError
+    where the widths do not fit `base`, or timm does not know it.
+    """
+    if kwargs.pop("features_only", False):
+        raise ValueError("features_only is not available for pruned networks; call forward_intermediates instead")
+    if not is_model(base):
+        raise ValueError(f"timm {timm.__version__} does not know the architecture {base!r}; a newer timm may")
+    cache_dir = kwargs.pop("cache_dir", None)
+    kwargs.pop("pretrained_model_args", None)
+    net = timm.create_model(base, pretrained=False, **kwargs)
+    net.pretrained_cfg["architecture"] = ARCHITECTURE
+    resize(net, _with_ends_of(net, widths or {}), shortcuts or {})
+    if pretrained:
+        load_pretrained(
+            net, net.pretrained_cfg, num_classes=net.num_classes, in_chans=_input_channels(net), cache_dir=cache_dir
+        )
+    return net
+
+
+class CampHiVeTimmConfig(TimmWrapperConfig):
+    """Configuration of a pruned timm network: `model_args` holds base, widths, shortcuts and timm's own arguments."""
+
+    model_type = MODEL_TYPE
+    architecture: str = ARCHITECTURE
+
+
+class CampHiVeForImageClassification(TimmWrapperForImageClassification):
+    """A pruned timm network (`timm_model`) with transformers' loading, saving, loss and output."""
+
+    config: CampHiVeTimmConfig
+    config_class = CampHiVeTimmConfig
+
+    def __init__(self, config: CampHiVeTimmConfig) -> None:
+        super().__init__(config)
+        # transformers builds the network without its pretrained_cfg; timm's transforms would fall back to the base's.
+        net = self.timm_model
+        own = {"architecture": config.architecture, "num_classes": config.num_labels}
+        net.pretrained_cfg = net.default_cfg = (
+            _portable(net.pretrained_cfg) | getattr(config, "pretrained_cfg", {}) | own
+        )
+
+    @classmethod
+    def from_timm(
+        cls, net: nn.Module, base: str, model_args: Mapping[str, Any] | None = None, **config: Any
+    ) -> "CampHiVeForImageClassification":
+        """Wrap a network that `resize` can rebuild from the timm architecture `base`; its tensors are shared.
+
+        `model_args` are the timm arguments of the dense network; `config` goes to `CampHiVeTimmConfig`.
+        """
+        args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
+        pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
+        pretrained_cfg["input_size"] = [_input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
+        config = cls.config_class(
+            num_labels=net.num_classes,
+            num_features=net.num_features,
+            model_args={**args, "base": base, "widths": widths_of(net), "shortcuts": shortcuts_of(net)},
+            pretrained_cfg=pretrained_cfg,
+            image_processor_type="TimmWrapperImageProcessor",
+            **config,
+        )
+        # On a real device __init__ would draw new weights; on meta it only proves that the widths rebuild the network.
+        with torch.device("meta"):
+            model = cls(config)
+        model.timm_model = net
+        return model.train(net.training)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        """Save as transformers does, but with timm's own tensor names, so that timm reads the file too."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {name.removeprefix("timm_model."): tensor for name, tensor in state_dict.items()}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _portable(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_SAVED}
+
+
+def _shape(module: nn.Module) -> list[int]:
+    weight = module.weight
+    return [module.num_features] if weight is None else list(weight.shape)  # BatchNorm without affine parameters
+
+
+def _module(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(net).__name__} has no module {name!r}: {error}") from error
+
+
+def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
+    if isinstance(module, Shortcut):
+        module.constant = _resized(module.constant, shape)
+        return
+    if not isinstance(module, _SIZED):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}; only convolutions, linear layers and BatchNorm have widths"
+        )
+    old = _shape(module)
+    if shape == old:
+        return
+    if len(shape) != len(old) or shape[2:] != old[2:]:
+        raise ValueError(f"{name}: weight shape {old} cannot become {shape}; only its first two sizes may change")
+    if isinstance(module, nn.Conv2d):
+        module.groups = _groups(name, module, shape)
+        module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    else:
+        module.num_features = shape[0]
+    # Whatever else a layer holds per output channel (bias, gain, running statistics) follows the weight's first axis.
+    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if key == "weight":
+            module.weight = _resized(tensor, shape)
+        elif tensor.ndim and tensor.shape[0] == old[0]:
+            setattr(module, key, _resized(tensor, [shape[0], *tensor.shape[1:]]))
+
+
+def _groups(name: str, conv: nn.Conv2d, shape: list[int]) -> int:
+    """Groups of a convolution with this weight shape: depthwise follows the channels, any other keeps its number."""
+    if conv.groups == 1:
+        return 1
+    groups = conv.groups
+    if conv.weight.shape[1] == 1:
+        groups = shape[0] // (conv.out_channels // conv.groups)
+    elif shape[1] == 1 and shape[0] % groups:
+        groups = shape[0]  # narrowed to one channel per group, it became depthwise, and lost groups afterwards
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(f"{name}: {shape[0]} output channels cannot be split into its {conv.groups} groups evenly")
+    return groups
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    new = tensor.detach().new_zeros(shape)
+    corner = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
+    new[corner] = tensor.detach()[corner]
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def _update_features(net: nn.Module) -> None:
+    """Set num_features, head_hidden_size and feature_info to what a forward pass on the meta device shows."""
+    tensors = [*net.parameters(), *net.buffers()]
+    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in net.parameters()}
+    twin = copy.deepcopy(net, memo).eval()  # shares nothing with the network and costs no memory
+
+    def channels(x: Tensor) -> int:
+        return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
+
+    infos = [dict(info) for info in getattr(net, "feature_info", ())]
+    for info in infos:
+        twin.get_submodule(info["module"]).register_forward_hook(
+            lambda module, inputs, output, info=info: info.update(num_chs=channels(output))
+        )
+    size = (_input_channels(net), *net.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
+    try:
+        with torch.no_grad():
+            features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=tensors[0].dtype))
+            hidden = twin.forward_head(features, pre_logits=True)
+            twin.forward_head(features)
+    except RuntimeError as error:
+        raise ValueError(f"{type(net).__name__} does not run with these widths: {error}") from error
+    net.num_features = channels(features)
+    if hasattr(net, "head_hidden_size"):
+        net.head_hidden_size = channels(hidden)
+    if infos:
+        net.feature_info = infos
+
+
+def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
+    """Saved widths, with the input channels and classes that `net` was asked for (no classifier: none)."""
+    fitted = {name: list(shape) for name, shape in widths.items()}
+    for name in _names(net.pretrained_cfg.get("first_conv")):
+        if name in fitted:
+            fitted[name][1] = _shape(_module(net, name))[1]
+    for name in _names(net.pretrained_cfg.get("classifier")):
+        if isinstance(_module(net, name), nn.Identity):
+            fitted.pop(name, None)
+        elif name in fitted:
+            fitted[name][0] = _shape(_module(net, name))[0]
+    return fitted
+
+
+def _input_channels(net: nn.Module) -> int:
+    for name in _names(net.pretrained_cfg.get("first_conv")):
+        return net.get_submodule(name).in_channels
+    return net.pretrained_cfg.get("input_size", (3,))[0]
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+if not is_model(ARCHITECTURE):  # a copy of this file may have been imported from a saved folder before
+    register_model(camphive)
+AutoConfig.register(MODEL_TYPE, CampHiVeTimmConfig, exist_ok=True)
+AutoModelForImageClassification.register(CampHiVeTimmConfig, CampHiVeForImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    CampHiVeTimmConfig,
+    image_processor_classes={"torchvision": TimmWrapperImageProcessor, "pil": TimmWrapperImageProcessor},
+    exist_ok=True,
+)
+# Saving copies this file and cifar.py beside the weights, and names them in config.json as remote code.
+CampHiVeTimmConfig.register_for_auto_class("AutoConfig")
+CampHiVeForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,0 +1,318 @@
+"""Base networks: from a Hub id, a folder, the bundled network or a checkpoint, to a timm network in memory.
+
+Reads folders and the Hub's cache, writes nothing. Weights come from safetensors only, never from a pickle.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import ModelCard, list_repo_files, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from . import modeling_camphive
+from .cifar import checkpoint_filter
+from .errors import ModelError, PlanError
+from .plan import PLAN_FILE, PrunePlan, plans_from_json
+
+BUNDLED = "digits_resnet"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_FILES = [CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, "README.md"]
+_PICKLES = (".bin", ".pth", ".pt", ".th", ".tar", ".ckpt", ".pkl")
+# What timm raises where a config's arguments or weights do not fit the architecture.
+_UNFIT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A network to prune, and where it came from.
+
+    `architecture` and `model_args` (never num_classes) are what `timm.create_model` rebuilds the dense network from;
+    for a network that was pruned before, the one it was pruned from, and `plans` tells what was cut since.
+    """
+
+    net: nn.Module
+    architecture: str
+    model_args: dict[str, Any]
+    model_id: str
+    revision: str | None
+    license: str | None
+    label_names: tuple[str, ...] | None
+    plans: tuple[PrunePlan, ...] = ()
+    pretrained: bool = True
+
+
+def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
+    """Load a network for pruning, on the CPU, in fp32 and evaluation mode.
+
+    `model_id` is a Hub id ("timm/resnet18.a1_in1k", perhaps with "@revision"), a folder in timm's layout or one that
+    this package saved, "digits_resnet" (bundled), the name of a timm network with published weights, or, with
+    `checkpoint` (a safetensors file), of any timm network. Raises `ModelError`, before any work, on all that fails.
+    """
+    for prefix in ("hf-hub:", "hf_hub:", "local-dir:"):
+        model_id = model_id.removeprefix(prefix)
+    if not model_id:
+        raise ModelError(f"no model is named; give a Hub id such as {_EXAMPLE}, a folder, or {BUNDLED!r}")
+    if checkpoint is not None:
+        return _from_checkpoint(model_id, Path(checkpoint))
+    if model_id == BUNDLED:
+        with resources.as_file(resources.files(__package__) / "assets" / BUNDLED) as folder:
+            return _from_folder(folder, BUNDLED, None)
+    if Path(model_id).is_dir():
+        return _from_folder(Path(model_id), model_id, None)
+    if Path(model_id).is_file():
+        raise ModelError(
+            f"{model_id!r} is a file; give its folder, or the network's name with --checkpoint {model_id}"
+        )
+    if re.match(r"[./~\\]|[A-Za-z]:\\", model_id):
+        raise ModelError(f"there is no folder {model_id!r}; check the path, or give a Hub id such as {_EXAMPLE}")
+    repo, _, revision = model_id.partition("@")
+    if "/" not in repo:
+        repo = _published(repo)
+    return _from_hub(repo, revision or None)
+
+
+def replace_head(base: BaseModel, label_names: Sequence[str], seed: int) -> BaseModel:
+    """The same network with a fresh classifier for these labels, drawn from `seed`; `base` is left as it was."""
+    net = copy.deepcopy(base.net)
+    # timm draws the new weights itself, from the global generator: lend it one that starts at the seed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net.reset_classifier(len(label_names))
+    names = tuple(label_names)
+    net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, "num_classes": len(names), "label_names": names}
+    return replace(base, net=net.eval(), label_names=names)
+
+
+_EXAMPLE = "timm/resnet18.a1_in1k"
+
+
+def _from_hub(repo: str, revision: str | None) -> BaseModel:
+    at = f"{repo}@{revision}" if revision else repo
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES))
+    except GatedRepoError as error:
+        raise ModelError(f"{repo!r} is gated; accept its terms on the Hub and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"there is no model {repo!r} on the Hub, or it is private; {_close(repo)}") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model {repo!r} has no revision {revision!r}; see its commits on the Hub") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {at!r} is neither in the cache nor can it be downloaded ({_short(error)}); check the id and the "
+            f"network (HF_HUB_OFFLINE allows cached models only), or give a folder; {_close(repo)}"
+        ) from error
+    if not (folder / WEIGHTS_FILE).exists() and (pickles := _pickles_on_hub(repo, revision)):
+        raise _pickled(repo, pickles[0])
+    # A snapshot's folder is named after its commit.
+    return _from_folder(folder, repo, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision)
+
+
+def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel:
+    config = _read_config(folder, model_id)
+    pruned = config.get("model_type") == modeling_camphive.MODEL_TYPE
+    _check_weights(folder, model_id)
+    try:
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except _UNFIT as error:
+        raise ModelError(
+            f"the weights of {model_id!r} do not fit its config.json ({_short(error)}); get both files from the same "
+            "place again, or update timm"
+        ) from error
+    source = net.pretrained_cfg
+    if source.get("num_classes") != net.num_classes:
+        raise ModelError(
+            f"config.json of {model_id!r} does not say num_classes, without which its classifier would be left "
+            "untrained; add it, as timm's save_for_hf does"
+        )
+    args = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
+    architecture = args.pop("base") if pruned else config["architecture"]
+    for name in ("widths", "shortcuts") if pruned else ():
+        args.pop(name, None)
+    labels = _label_names(net, config)
+    # Where the files lie on this machine is nobody's business later on.
+    net.pretrained_cfg = net.default_cfg = {k: v for k, v in source.items() if k not in ("file", "source", "url")} | {
+        "label_names": labels
+    }
+    return BaseModel(
+        net=net.float().eval(),
+        architecture=architecture,
+        model_args=args,
+        model_id=model_id,
+        revision=revision,
+        license=_license(folder, model_id, architecture, source),
+        label_names=labels,
+        plans=_read_plans(folder, model_id) if pruned else (),
+    )
+
+
+def _from_checkpoint(name: str, file: Path) -> BaseModel:
+    if not timm.is_model(name):
+        raise ModelError(f"--checkpoint needs the name of a timm network, and {name!r} is none; {_close(name)}")
+    if file.suffix in _PICKLES:
+        raise _pickled(str(file), file.name)
+    if not file.is_file():
+        raise ModelError(f"there is no checkpoint {str(file)!r}; give a safetensors file")
+    _check_safetensors(file, str(file))
+    state = load_file(file)
+    net = timm.create_model(name, device="meta")
+    state = checkpoint_filter(state, net) if isinstance(net, modeling_camphive.CifarResNet) else state
+    head = net.pretrained_cfg.get("classifier")
+    classes = state.get(f"{head}.weight", net.get_classifier().weight).shape[0]
+    overlay = {"file": str(file), "num_classes": classes}
+    try:
+        net = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+    except _UNFIT as error:
+        raise ModelError(
+            f"checkpoint {str(file)!r} does not fit {name!r} ({_short(error)}); name the network that it comes from"
+        ) from error
+    net.pretrained_cfg = net.default_cfg = {k: v for k, v in net.pretrained_cfg.items() if k not in _SOURCES}
+    # The checkpoint is somebody's own: timm's licence for its own weights of that architecture says nothing about it.
+    return BaseModel(net.float().eval(), name, {}, name, None, None, _label_names(net, {}))
+
+
+_SOURCES = ("file", "source", "url", "hf_hub_id", "hf_hub_filename", "license", "tag", "origin_url")
+
+
+def _published(name: str) -> str:
+    """The Hub id of a timm network's published weights; raises `ModelError` where there are none."""
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # an architecture that timm knows, with a tag that it does not
+        config = None
+    if config is None:
+        raise ModelError(
+            f"{name!r} is neither a folder, nor a Hub id (owner/name), nor a timm network; {_close(name)}"
+        )
+    if not config.hf_hub_id:
+        raise ModelError(
+            f"{name!r} is an architecture without published weights, and random weights are not worth pruning; pass "
+            "--checkpoint with a safetensors file"
+        )
+    return config.hf_hub_id
+
+
+def _read_config(folder: Path, model_id: str) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{model_id!r} holds no config.json; give one saved by timm or hf_camphive") from error
+    except ValueError as error:
+        raise ModelError(f"config.json of {model_id!r} is damaged ({_short(error)}); get the file again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"config.json of {model_id!r} holds no settings; give a model saved by timm or hf_camphive")
+    architecture = config.get("architecture")
+    if architecture is None:
+        kind = config.get("model_type") or ", ".join(config.get("architectures") or ["unknown"])
+        raise ModelError(
+            f"{model_id!r} is a model of type {kind!r}, not a timm image classifier; many networks are on the Hub as "
+            f"timm models too, for instance {_EXAMPLE}"
+        )
+    pruned = config.get("model_type") == modeling_camphive.MODEL_TYPE
+    args = config.get("model_args") or {}
+    name = args.get("base") if pruned else architecture
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ModelError(
+            f"{model_id!r} has the architecture {name!r}, which timm {timm.__version__} does not know; update timm, "
+            f"or give another model; {_close(str(name))}"
+        )
+    return config
+
+
+def _read_plans(folder: Path, model_id: str) -> tuple[PrunePlan, ...]:
+    file = folder / PLAN_FILE
+    try:
+        return plans_from_json(file.read_text(encoding="utf-8"))
+    except (OSError, PlanError) as error:
+        raise ModelError(f"{PLAN_FILE} of {model_id!r} is missing or damaged ({error}); get the file again") from error
+
+
+def _check_weights(folder: Path, model_id: str) -> None:
+    file = folder / WEIGHTS_FILE
+    if not file.exists():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise _pickled(model_id, pickles[0])
+        raise ModelError(f"{model_id!r} holds no {WEIGHTS_FILE}; give a folder saved by timm or hf_camphive")
+    _check_safetensors(file, model_id)
+
+
+def _check_safetensors(file: Path, source: str) -> None:
+    try:
+        with safe_open(file, "pt") as tensors:  # reads the header, and that the file is as long as it says
+            tensors.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(23) == b"version https://git-lfs"
+        if is_pointer:
+            raise ModelError(f"the weights of {source!r} are a Git LFS pointer; run `git lfs pull` there") from error
+        raise ModelError(
+            f"the weights of {source!r} are damaged, perhaps by an interrupted download ({_short(error)}); delete "
+            f"{file.name} and get it again (`hf download --force-download` for the Hub's cache)"
+        ) from error
+
+
+def _pickles_on_hub(repo: str, revision: str | None) -> list[str]:
+    with suppress(OSError, ValueError):  # offline, the cached files tell
+        return sorted(name for name in list_repo_files(repo, revision=revision) if name.endswith(_PICKLES))
+    return []
+
+
+def _pickled(source: str, name: str) -> ModelError:
+    return ModelError(
+        f"{source!r} keeps its weights in the pickle {name}, which can run any code when it is opened, so it is "
+        "refused; give a safetensors version (https://huggingface.co/spaces/safetensors/convert makes one)"
+    )
+
+
+def _label_names(net: nn.Module, config: dict[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("label_names") or net.pretrained_cfg.get("label_names")
+    if names and len(names) == net.num_classes and not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
+        return tuple(str(name) for name in names)
+    if subset := infer_imagenet_subset(net):  # by the number of classes, as transformers does
+        info = ImageNetInfo(subset)
+        return tuple(info.label_name_to_description(name) for name in info.label_names())
+    return None
+
+
+def _license(folder: Path, model_id: str, architecture: str, source: dict[str, Any]) -> str | None:
+    if source.get("license"):
+        return source["license"]
+    card = folder / "README.md"
+    if card.exists():
+        with suppress(OSError, ValueError):  # a card without readable metadata says nothing about the licence
+            if isinstance(name := ModelCard.load(card, ignore_metadata_errors=True).data.license, str):
+                return name
+    if model_id.startswith("timm/"):  # only timm's own weights have the licence that timm lists
+        tag = f"{architecture}.{source['tag']}" if source.get("tag") else architecture
+        listed = timm.models.get_pretrained_cfg(tag)
+        return listed.license if listed is not None else None
+    return None
+
+
+def _close(name: str) -> str:
+    owner, _, bare = name.rpartition("/")
+    known = {f"{owner}/{n}" if owner == "timm" else n for n in [*timm.list_models(), *timm.list_pretrained()]}
+    name = f"{owner}/{bare}" if owner == "timm" else bare
+    close = get_close_matches(name, sorted(known - {name}), n=3) if name not in known else ()
+    return f"did you mean {' or '.join(close)}?" if close else f"an id looks like {_EXAMPLE}"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,404 @@
+"""`CampHiVePruner`: load -> trace -> score -> plan -> merge -> cut -> finetune -> evaluate -> save, and nothing else.
+
+Each step is a function of another module; this one holds the state between them: the network as it is now, the plans
+that led to it, and what was measured on the way.
+"""
+
+import copy
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from . import hub
+from .branches import droppable_branches, residual_streams
+from .calibration import Calibration
+from .config import CampHiVeConfig
+from .criteria import CRITERIA, Evidence, Scores
+from .data import Loaders
+from .errors import ConfigError, ModelError, PlanError
+from .graph import named_tensors
+from .merging import MERGE_RULES, merge, with_pairs
+from .models import BaseModel, load_base, replace_head
+from .plan import PrunePlan
+from .planning import Budgeted, make_plan, smallest_macs
+from .plots import draw_plots
+from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency
+from .resume import Progress, load_progress, save_progress, training_folder
+from .surgery import apply_plan, check_groups
+from .tracing import Trace, trace_network
+from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
+
+logger = logging.getLogger(__name__)
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+class CampHiVePruner:
+    """Prune one network.
+
+    `model` is a `BaseModel`, a timm network, or anything that `load_base` accepts. `run` does the whole job; `plan` and
+    `apply` are its two halves, for a look at the plan in between. The given network is never changed: `net` is a copy.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel | nn.Module | str,
+        config: CampHiVeConfig | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.config = config or CampHiVeConfig()
+        self.accelerator = accelerator or make_accelerator(self.config)
+        self.base = _as_base(model)
+        self.net = self._placed(copy.deepcopy(self.base.net))
+        self.dense = self.net
+        self.plans: list[PrunePlan] = []
+        self.scores: Scores = {}
+        self.stages: dict[str, Accuracy] = {}
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.report: PruneReport | None = None
+        self._finetune: dict[str, Any] | None = None
+        self._head_replaced = False
+        self._traced: tuple[nn.Module, Trace] | None = None
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Size (C, H, W) of the images that the network was made for."""
+        return tuple(self.base.net.pretrained_cfg["input_size"])
+
+    def check_budget(self) -> None:
+        """Raise `PlanError` where nothing can be pruned or the floors do not allow the budget; needs no data."""
+        trace = self._trace()
+        self._target(self._budgeted(trace, named_tensors(self.net)))
+
+    # The two halves of a cycle
+
+    def plan(self, calibration: Batches | Calibration) -> PrunePlan:
+        """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
+
+        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. Raises `PlanError` on a budget that cannot be
+        met, and on a network with nothing to prune.
+        """
+        calibration = self._collected(calibration)
+        trace = self._trace()
+        state = named_tensors(self.net)
+        network = self._budgeted(trace, state)
+        target = self._target(network)
+        with self._timed("score"), torch.no_grad():
+            evidence = Evidence(
+                trace,
+                state,
+                calibration.images,
+                calibration.labels,
+                calibration.draws,
+                calibration.total,
+                self.config,
+                self._reduce,
+                self._progress,
+            )
+            self.scores = CRITERIA[self.config.criterion](evidence)
+        with self._timed("plan"):
+            return with_pairs(make_plan(network, self.scores, target, self.config), self.scores)
+
+    def apply(self, plan: PrunePlan, calibration: Batches | Calibration | None = None) -> nn.Module:
+        """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
+
+        Raises `PlanError` where the plan was made for another network, `ConfigError` where its merge rule looks at data
+        and there is no calibration.
+        """
+        rule = MERGE_RULES[plan.merge]
+        if calibration is None and (rule.looks_at_data or rule.recalibrate):
+            raise ConfigError(
+                f"merge rule {plan.merge!r} looks at images; pass the calibration loader to apply as well"
+            )
+        calibration = None if calibration is None else self._collected(calibration)
+        trace = self._trace()
+        if plan.groups != trace.groups:
+            raise PlanError(
+                "this plan was made for another network: its channel groups differ from those of this one; call plan again"
+            )
+        with self._timed("merge"):
+            state = merge(
+                named_tensors(self.net),
+                plan,
+                trace,
+                calibration.images if calibration else (),
+                self.config,
+                reduce=self._reduce,
+                progress=self._progress,
+            )
+        with self._timed("cut"):
+            self.net = apply_plan(self.net, plan, trace, state)
+        if rule.recalibrate:
+            with self._timed("recalibrate"):
+                batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
+                recalibrate_batchnorm(self.net, batches, self.accelerator)
+        self.plans.append(plan)
+        return self.net
+
+    # The whole job
+
+    def run(
+        self, loaders: Loaders, *, command: str = "", work_dir: Path | str | None = None, resume: bool = False
+    ) -> PruneReport:
+        """Prune in `config.cycles` cycles, finetune, evaluate before and after; returns the report (also `report`).
+
+        With a `work_dir`, what was done so far is kept there, and `resume` goes on from it.
+        """
+        work = Path(work_dir) if work_dir else None
+        set_seed(self.config.seed)
+        if resume and work:
+            self._restore(work, loaders)
+        else:
+            self.check_budget()
+        loader, split = loaders.evaluation
+        if "dense" not in self.stages:
+            self._fit_head(loaders)
+            self._evaluate("dense", self.net, loader, split)
+        if len(self.plans) < self.config.cycles:
+            with self._timed("read calibration images"):
+                calibration = self._collected(loaders.calibration)
+        while len(self.plans) < self.config.cycles:
+            plan = self.plan(calibration)
+            logger.info("Cycle %d of %d:\n%s", len(self.plans) + 1, self.config.cycles, plan.summary())
+            self.apply(plan, calibration)
+            self._keep(work, loaders, command)
+        if "pruned" not in self.stages:
+            self._evaluate("pruned", self.net, loader, split)
+            self._keep(work, loaders, command)
+        if self.config.num_train_epochs and loaders.train is None:
+            self.notes.append("Not finetuned: the dataset has no training split.")
+        elif self.config.num_train_epochs:
+            with self._timed("finetune"):
+                checkpoints = training_folder(work) if work else None
+                log = finetune(
+                    self.net, loaders, self.config, self.accelerator, self.dense, checkpoints, resume=resume
+                )
+            self._finetune = log.to_dict()
+            self._evaluate("finetuned", self.net, loader, split)
+        self.report = self._report(loaders, command, latency=True)
+        return self.report
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the model folder (safetensors, configs, plan, report, card, plots); returns it.
+
+        Raises `OutputError` where the folder holds something else, or a model and `overwrite` is not set.
+        """
+        report = self.report or self._report(None, "", latency=True)
+        path = Path(folder).expanduser().resolve()
+        if self.accelerator.is_main_process:
+            scores = {name: values.tolist() for name, values in self.scores.items()}
+            path = hub.save_folder(
+                folder,
+                _on_disk(self.net),
+                self.base,
+                self.config,
+                [*self.base.plans, *self.plans],
+                report,
+                lambda plots: draw_plots(report, scores, plots),
+                overwrite,
+            )
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str | None:
+        """Save and upload in one commit; returns the repo's address (None on all processes but the main one)."""
+        if not self.accelerator.is_main_process:
+            return None
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary, repo_id.split("/")[-1]))
+            return hub.push_folder(folder, repo_id, private=private, token=token)
+
+    # What the steps share
+
+    @property
+    def _progress(self) -> bool:
+        return self.accelerator.is_local_main_process
+
+    def _placed(self, net: nn.Module) -> nn.Module:
+        return net.to(self.accelerator.device, memory_format=torch.channels_last).eval()
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum").to(tensor.device)
+
+    def _collected(self, calibration: Batches | Calibration) -> Calibration:
+        if isinstance(calibration, Calibration):
+            return calibration
+        accelerator = self.accelerator
+        return Calibration.collect(
+            calibration, self.config.seed, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+
+    def _trace(self) -> Trace:
+        """Groups of the network as it is now, each guarded by experiment."""
+        if self._traced is None or self._traced[0] is not self.net:
+            with self._timed("trace"):
+                trace = trace_network(self.net, self.input_size)
+                trace = check_groups(self.net, trace, torch.Generator().manual_seed(self.config.seed))
+            self._traced = (self.net, trace)
+        return self._traced[1]
+
+    def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return Budgeted(trace.groups, droppable_branches(trace), residual_streams(trace), trace.positions, shapes)
+
+    def _target(self, network: Budgeted) -> int:
+        """MACs per image after the next cycle: every cycle removes the same share of what is left."""
+        dense = self.plans[0].macs_before if self.plans else network.macs
+        asked = self.config.target_macs * dense if self.config.target_macs <= 1 else self.config.target_macs
+        least = smallest_macs(network, self.config)
+        if asked >= dense:
+            raise PlanError(
+                f"the budget of {asked:,.0f} MACs per image is no less than the network's {dense:,}; lower it"
+            )
+        if least > asked:
+            raise PlanError(
+                f"a budget of {asked:,.0f} MACs per image ({asked / dense:.1%}) is below the smallest that the floors "
+                f"allow, {least:,} ({least / dense:.1%}); raise target_macs"
+                + (", or set scope to all" if self.config.scope == "interior" else "")
+            )
+        cycle = len(self.plans) + 1
+        return (
+            int(dense * (asked / dense) ** (cycle / self.config.cycles)) if cycle < self.config.cycles else int(asked)
+        )
+
+    def _fit_head(self, loaders: Loaders) -> None:
+        """Replace and train the classifier where the dataset has other classes than the network."""
+        names = loaders.info.label_names
+        if self.net.num_classes == len(names):
+            if self.base.label_names is None:
+                self.base = replace(self.base, label_names=names)
+            return
+        self.notes.append(
+            f"The classifier of {self.net.num_classes} classes was replaced by one of {len(names)} and trained for "
+            f"{self.config.head_epochs:g} epochs before pruning; 'dense' is that network."
+        )
+        logger.info(self.notes[-1])
+        if loaders.train is None:
+            raise ConfigError(
+                f"the network has {self.net.num_classes} classes, the dataset {len(names)} and no training split to fit "
+                "a new classifier on; choose a dataset with one"
+            )
+        self.base = replace_head(self.base, names, self.config.seed)
+        self.net = self.dense = self._placed(copy.deepcopy(self.base.net))
+        with self._timed("train the new classifier"):
+            train_head(self.net, loaders, self.config, self.accelerator)
+        self.net.eval()
+        self._head_replaced = True
+
+    def _evaluate(self, stage: str, net: nn.Module, loader: Batches, split: str) -> None:
+        with self._timed("evaluate"):
+            self.stages[stage] = evaluate_accuracy(net, loader, self.accelerator, split, f"Evaluate {stage}")
+
+    def _keep(self, work: Path | None, loaders: Loaders, command: str) -> None:
+        """Put the state of the run on disk, for `resume`."""
+        if work and self.accelerator.is_main_process:
+            dense = _on_disk(self.dense) if self._head_replaced else None
+            report = self._report(loaders, command, latency=False)
+            save_progress(work, Progress(_on_disk(self.net), dense, tuple(self.plans), report), self.base, self.config)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, work: Path, loaders: Loaders) -> None:
+        """Take up the state that a killed run of the same kind left on disk."""
+        progress = load_progress(work, self.config, self.base.model_id, loaders.info.dataset_id)
+        if progress is None:
+            return
+        self._head_replaced = progress.report.head_replaced
+        if progress.dense is not None:
+            self.base = replace(self.base, net=progress.dense, label_names=loaders.info.label_names)
+            self.dense = self._placed(progress.dense)
+        elif self.base.label_names is None:
+            self.base = replace(self.base, label_names=loaders.info.label_names)
+        self.net = self._placed(progress.net)
+        self.plans = list(progress.plans)
+        self.stages = {stage.name: stage.accuracy for stage in progress.report.stages if stage.accuracy}
+        self.seconds = dict(progress.report.seconds)
+        self.notes = list(progress.report.notes)
+        logger.info("Resumed after cycle %d of %d", len(self.plans), self.config.cycles)
+
+    def _report(self, loaders: Loaders | None, command: str, latency: bool) -> PruneReport:
+        nets = {"dense": self.dense, "pruned": self.net} if self.plans else {"dense": self.dense}
+        times: dict[str, Any] = dict.fromkeys(nets)
+        if latency:
+            with self._timed("measure latency"):
+                times = measure_latency(nets, self.input_size)
+        costs = {name: footprint(net, self.input_size, times[name]) for name, net in nets.items()}
+        stages = {**dict.fromkeys(nets), **self.stages}
+        info = loaders.info if loaders else None
+        return PruneReport(
+            model_id=self.base.model_id,
+            revision=self.base.revision,
+            architecture=self.base.architecture,
+            license=self.base.license,
+            dataset_id=info.dataset_id if info else "not given",
+            dataset_revision=info.revision if info else None,
+            splits=dict(info.splits) if info else {},
+            rows=dict(info.rows) if info else {},
+            input_size=self.input_size,
+            stages=tuple(
+                Stage(name, costs["dense" if name == "dense" else "pruned"], accuracy)
+                for name, accuracy in stages.items()
+            ),
+            config=asdict(self.config),
+            command=command,
+            head_replaced=self._head_replaced,
+            groups=self._group_rows(),
+            dropped=tuple(module for plan in self.plans for module in plan.dropped),
+            notes=tuple(self.notes),
+            finetune=self._finetune,
+            seconds={step: round(seconds, 3) for step, seconds in self.seconds.items()},
+            environment=environment(self.accelerator.device, self.accelerator.num_processes),
+        )
+
+    def _group_rows(self) -> tuple[GroupRow, ...]:
+        """Width of every group before the first cycle and after the last."""
+        if not self.plans:
+            return ()
+        last = self.plans[-1].keep
+        return tuple(
+            GroupRow(group.name, group.size, len(last.get(group.name, ())), group.frozen)
+            for group in self.plans[0].groups
+        )
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def _on_disk(net: nn.Module) -> nn.Module:
+    """A copy as it is saved: on the CPU, in plain memory format."""
+    return copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+
+
+def _as_base(model: BaseModel | nn.Module | str) -> BaseModel:
+    if isinstance(model, BaseModel):
+        return model
+    if isinstance(model, str):
+        return load_base(model)
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(model, nn.Module) or not config or not config.get("architecture"):
+        raise ModelError(
+            f"cannot prune a {type(model).__name__}; give a network of timm.create_model, a Hub id or a folder"
+        )
+    return BaseModel(
+        net=model,
+        architecture=config["architecture"],
+        model_args={},
+        model_id=config.get("hf_hub_id") or config["architecture"],
+        revision=None,
+        license=config.get("license"),
+        label_names=tuple(config["label_names"]) if config.get("label_names") else None,
+    )

@@ -1,0 +1,386 @@
+"""What a run measured, as data: accuracy, MACs, parameters, latency and file size of each stage.
+
+Measures networks and describes results; never changes a network, reads a dataset or writes a file.
+Units: 1 MAC = 2 FLOPs, counted per image from the shapes that are really computed; milliseconds; bytes.
+"""
+
+import copy
+import json
+import math
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import ModelError
+
+REPORT_FILE = "report.json"
+SCHEMA = 1
+NOT_MEASURED = "not measured"
+TABLE_WIDTH = 100
+LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images whose label is the best guess (top1) or among the five best (top5), in [0, 1]."""
+
+    top1: float
+    top5: float
+    images: int
+    split: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass over a batch: median, 10th and 90th percentile of `runs` runs."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size."""
+
+    parameters: int
+    macs: int
+    file_bytes: int
+    latency_ms: dict[int, Latency]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A network on its way: "dense", "pruned" or "finetuned". `accuracy` None: not measured."""
+
+    name: str
+    footprint: Footprint
+    accuracy: Accuracy | None
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """What became of a channel group; `frozen` is the reason why it could not be cut, or None."""
+
+    name: str
+    size: int
+    kept: int
+    frozen: str | None
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Everything a run has to say for itself; equal to its JSON. `input_size` is (channels, height, width)."""
+
+    model_id: str
+    revision: str | None
+    architecture: str
+    license: str | None
+    dataset_id: str
+    dataset_revision: str | None
+    splits: dict[str, str]
+    rows: dict[str, int]
+    input_size: tuple[int, int, int]
+    stages: tuple[Stage, ...]
+    config: dict[str, Any]
+    command: str
+    head_replaced: bool = False
+    groups: tuple[GroupRow, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    finetune: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PruneReport":
+        """Rebuild a report; raises `ModelError` where a key is missing or unknown, or the schema is another."""
+        values = dict(values)
+        if (schema := values.pop("schema", None)) != SCHEMA:
+            raise ModelError(
+                f"the report has schema {schema}, not {SCHEMA}; install the version of hf_camphive that wrote it"
+            )
+        try:
+            return cls(
+                **values
+                | {
+                    "input_size": tuple(values["input_size"]),
+                    "stages": tuple(_stage_from(stage) for stage in values["stages"]),
+                    "groups": tuple(GroupRow(**row) for row in values["groups"]),
+                    "dropped": tuple(values["dropped"]),
+                    "notes": tuple(values["notes"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"this is no report of hf_camphive ({type(error).__name__}: {error}); restore {REPORT_FILE} "
+                "from the run that wrote it"
+            ) from error
+
+    def to_json(self) -> str:
+        """The text of `report.json`."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruneReport":
+        """Read `report.json`; raises `ModelError` on a damaged file."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ModelError(
+                f"{REPORT_FILE} is not valid JSON ({error}); restore it from the run that wrote it"
+            ) from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{REPORT_FILE} is not a report of hf_camphive; restore it from the run that wrote it")
+        return cls.from_dict(values)
+
+    def table(self) -> str:
+        """The stages side by side, at most 100 columns; the last column compares the last with the first."""
+        rows = [["", *(stage.name for stage in self.stages)]]
+        changes = ["change"]
+        for label, value, show, compare in self._quantities():
+            values = [value(stage) for stage in self.stages]
+            rows.append([label, *(NOT_MEASURED if v is None else show(v) for v in values)])
+            changes.append("" if values[0] is None or values[-1] is None else compare(values[0], values[-1]))
+        if len(self.stages) > 1:
+            rows = [[*row, change] for row, change in zip(rows, changes)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
+            for row in rows
+        ]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        size = "x".join(str(n) for n in self.input_size)
+        title = _wrap(f"{self.model_id} on {self.dataset_id}, images of {size}")
+        return "\n".join([*title, "", lines[0], rule, *lines[1:], rule, *self._table_notes()])
+
+    def batch_sizes(self) -> list[int]:
+        """Batch sizes whose latency was measured at any stage."""
+        return sorted({batch for stage in self.stages for batch in stage.footprint.latency_ms})
+
+    def _quantities(self) -> list[tuple[str, Callable, Callable, Callable]]:
+        """One row of the table each: label, value of a stage (or None), its text, the text of a change."""
+
+        def accuracy(key: str) -> Callable[[Stage], float | None]:
+            return lambda stage: None if stage.accuracy is None else getattr(stage.accuracy, key)
+
+        def latency(batch: int) -> Callable[[Stage], float | None]:
+            return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)
+
+        batches = [
+            (f"latency, batch {batch}", latency(batch), format_ms, _ratio("faster", "slower"))
+            for batch in self.batch_sizes()
+        ]
+        return [
+            ("top-1", accuracy("top1"), format_share, _points),
+            ("top-5", accuracy("top5"), format_share, _points),
+            ("MACs per image", lambda stage: stage.footprint.macs, format_count, _ratio("fewer", "more")),
+            ("parameters", lambda stage: stage.footprint.parameters, format_count, _ratio("fewer", "more")),
+            *(batches or [("latency", lambda stage: None, format_ms, _points)]),
+            ("file size", lambda stage: stage.footprint.file_bytes, format_bytes, _ratio("smaller", "larger")),
+        ]
+
+    def _table_notes(self) -> list[str]:
+        notes = []
+        measured = [stage for stage in self.stages if stage.accuracy is not None]
+        if measured:
+            sets = {(stage.accuracy.images, stage.accuracy.split) for stage in measured}
+            said = [f"{images:,} images of {split!r}" for images, split in sorted(sets)]
+            last = measured[-1].accuracy
+            error = 100 * math.sqrt(last.top1 * (1 - last.top1) / last.images)
+            notes.append(f"Accuracy on {' and '.join(said)}; standard error of top-1: {error:.2g} points.")
+        runs = [latency.runs for stage in self.stages for latency in stage.footprint.latency_ms.values()]
+        if runs:
+            count = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+            where = [self.environment[key] for key in ("device", "threads") if key in self.environment]
+            threads = f"{where[1]} threads" if len(where) == 2 else ""
+            place = ", ".join(part for part in (where[0] if where else "", threads) if part)
+            notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
+        notes.append("1 MAC = 2 FLOPs; 1 MB = 10^6 bytes.")
+        return [line for note in notes for line in _wrap(note)]
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of parameters, trainable or not; buffers such as running statistics are not counted."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def count_macs(net: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-accumulates per image of `input_size` [C, H, W]: half the FLOPs of torch's own counter.
+
+    Counted on shapes alone (a copy on the meta device): convolutions, linear layers and attention; as is usual,
+    norms, activations and biases are not counted.
+    """
+    ghost = copy.deepcopy(net).to("meta").eval()
+    dtype = next((p.dtype for p in ghost.parameters()), torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ghost(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return counter.get_total_flops() // 2
+
+
+def measure_latency(
+    nets: Mapping[str, nn.Module],
+    input_size: Sequence[int],
+    batch_sizes: Sequence[int] = (1, 32),
+    runs: int = 100,
+    seconds: float = 5.0,
+) -> dict[str, dict[int, Latency]]:
+    """Time the forward pass of each network, by name and batch size.
+
+    The networks take turns, in alternating order, so that whatever else the machine does disturbs all of them alike
+    and ratios are fair. Copies are timed: in eval mode, channels_last, without gradients, on the network's own device.
+    A batch size takes about `seconds`, or three rounds where that is longer.
+    """
+    timed = {name: copy.deepcopy(net).eval().to(memory_format=torch.channels_last) for name, net in nets.items()}
+    results: dict[str, dict[int, Latency]] = {name: {} for name in nets}
+    for batch in batch_sizes:
+        images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
+        images = images.contiguous(memory_format=torch.channels_last)
+        inputs = {name: _like_parameters(images, net) for name, net in timed.items()}
+        _time_rounds(timed, inputs, LEAST_ROUNDS, seconds / 5, least=1)
+        for name, times in _time_rounds(timed, inputs, runs, seconds, least=LEAST_ROUNDS).items():
+            low, median, high = np.percentile(times, (10, 50, 90))
+            results[name][batch] = Latency(float(median), float(low), float(high), len(times))
+    return results
+
+
+def footprint(net: nn.Module, input_size: Sequence[int], latency: Mapping[int, Latency] | None = None) -> Footprint:
+    """Cost of a network for images of `input_size` [C, H, W]; `latency` is its row of `measure_latency`."""
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    file_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return Footprint(count_parameters(net), count_macs(net, input_size), file_bytes, dict(latency or {}))
+
+
+def environment(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:
+    """Versions and hardware that a run's figures depend on."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    packages = {package: version(package) for package in ("torch", "timm", "transformers", "hf_camphive")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "device": name if device.type in ("cpu", "cuda") else f"{device.type} of {name}",
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "processes": str(processes),
+    }
+
+
+def format_share(share: float) -> str:
+    """0.9339 -> "93.39 %"."""
+    return f"{100 * share:.2f} %"
+
+
+def format_count(count: float) -> str:
+    """1814073344 -> "1.814 G"."""
+    return _scaled(count, ("", "k", "M", "G", "T"), 4)
+
+
+def format_bytes(size: float) -> str:
+    """46837096 -> "46.8 MB" (decimal)."""
+    return _scaled(size, ("B", "kB", "MB", "GB"), 3)
+
+
+def format_ms(milliseconds: float) -> str:
+    """71.23 -> "71.2 ms"."""
+    return f"{_digits(milliseconds, 3)} ms"
+
+
+def _time_rounds(
+    nets: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], most: int, seconds: float, least: int
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in nets}
+    began = time.perf_counter()
+    for round_ in range(most):
+        if round_ >= least and time.perf_counter() - began > seconds:
+            break
+        for name in list(nets) if round_ % 2 == 0 else reversed(list(nets)):
+            times[name].append(_forward_ms(nets[name], inputs[name]))
+    return times
+
+
+@torch.no_grad()
+def _forward_ms(net: nn.Module, images: torch.Tensor) -> float:
+    _wait_for(images.device)
+    began = time.perf_counter()
+    net(images)
+    _wait_for(images.device)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _like_parameters(images: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    parameter = next(net.parameters(), images)
+    return images.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _stage_from(values: Mapping[str, Any]) -> Stage:
+    cost = values["footprint"]
+    latency = {int(batch): Latency(**row) for batch, row in cost["latency_ms"].items()}
+    accuracy = values["accuracy"]
+    return Stage(
+        values["name"],
+        Footprint(**cost | {"latency_ms": latency}),
+        None if accuracy is None else Accuracy(**accuracy),
+    )
+
+
+def _digits(value: float, significant: int) -> str:
+    """Fixed-point text with so many significant digits, as far as digits after the point can give them."""
+    whole = len(str(int(abs(value))))
+    return f"{value:.{max(0, significant - whole)}f}"
+
+
+def _scaled(value: float, units: Sequence[str], significant: int) -> str:
+    power = 0
+    while value >= 999.95 and power + 1 < len(units):
+        value, power = value / 1000, power + 1
+    return f"{value:,.0f} {units[0]}".strip() if power == 0 else f"{_digits(value, significant)} {units[power]}"
+
+
+def _points(before: float, after: float) -> str:
+    return f"{100 * (after - before):+.2f} points"
+
+
+def _ratio(better: str, worse: str) -> Callable[[float, float], str]:
+    """Text of a cost that should shrink: how many times `better`, or `worse`."""
+
+    def compare(before: float, after: float) -> str:
+        if not before or not after or f"{before / after:.2f}" == f"{after / before:.2f}" == "1.00":
+            return "unchanged"
+        return f"{before / after:.2f}x {better}" if after < before else f"{after / before:.2f}x {worse}"
+
+    return compare
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, TABLE_WIDTH, break_on_hyphens=False)

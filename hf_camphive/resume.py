@@ -1,0 +1,77 @@
+"""What a run leaves behind so that a killed one can go on: the network after each cycle, and what was measured so far.
+
+Kept as model folders like any other (no pickle); the training state of the finetuning lies beside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from . import hub
+from .config import CampHiVeConfig
+from .errors import ConfigError, ModelError
+from .models import BaseModel, load_base
+from .plan import PrunePlan
+from .report import REPORT_FILE, PruneReport
+
+_NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run's state between two steps. `dense` is kept only where its classifier was trained by the run itself."""
+
+    net: nn.Module
+    dense: nn.Module | None
+    plans: tuple[PrunePlan, ...]
+    report: PruneReport
+
+
+def training_folder(work_dir: Path) -> Path:
+    """Where a run keeps the training state of its finetuning."""
+    return work_dir / _TRAINING
+
+
+def save_progress(work_dir: Path, progress: Progress, base: BaseModel, config: CampHiVeConfig) -> None:
+    """Write the state of a run, replacing the last one whole; the dense network goes first, so both are there or none."""
+    nets: Sequence[tuple[str, nn.Module, tuple[PrunePlan, ...]]] = [(_NETWORK, progress.net, progress.plans)]
+    if progress.dense is not None:
+        nets = [(_DENSE, progress.dense, ()), *nets]
+    for name, net, plans in nets:
+        hub.save_folder(work_dir / name, net, base, config, plans, progress.report, overwrite=True)
+
+
+def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset_id: str) -> Progress | None:
+    """State of a killed run, or None where it had finished no cycle.
+
+    Raises `ConfigError` where that run was another one: another config, model or dataset.
+    """
+    folder = work_dir / _NETWORK
+    if not folder.exists():
+        return None
+    report = PruneReport.from_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    saved = CampHiVeConfig.from_pretrained(folder)
+    changes = [
+        f"{name}: {old!r} then, {new!r} now"
+        for name, old, new in (
+            ("model", report.model_id, model_id),
+            ("dataset", report.dataset_id, dataset_id),
+            *((key, value, config.to_dict()[key]) for key, value in saved.to_dict().items()),
+        )
+        if old != new
+    ]
+    if changes:
+        raise ConfigError(
+            f"the run in {work_dir} was another one ({'; '.join(changes)}); resume it with its own options, or remove "
+            "that folder to start afresh"
+        )
+    try:
+        found = load_base(str(folder))
+        dense = load_base(str(work_dir / _DENSE)).net if report.head_replaced else None
+    except ModelError as error:
+        raise ConfigError(
+            f"the run in {work_dir} cannot be resumed: {error}; remove that folder to start afresh"
+        ) from error
+    return Progress(found.net, dense, found.plans, report)

@@ -1,0 +1,195 @@
+"""Counts against published truths, latency's fairness, and a table and JSON that stay as they are."""
+
+import json
+import time
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_camphive.errors import ModelError
+from hf_camphive.report import (
+    NOT_MEASURED,
+    Accuracy,
+    Footprint,
+    GroupRow,
+    Latency,
+    PruneReport,
+    Stage,
+    count_macs,
+    count_parameters,
+    environment,
+    footprint,
+    format_bytes,
+    format_count,
+    format_ms,
+    measure_latency,
+)
+
+DENSE = Footprint(
+    853_018, 125_485_706, 3_460_000, {1: Latency(4.21, 4.1, 4.9, 100), 32: Latency(71.2, 70.1, 75.0, 45)}
+)
+SMALL = Footprint(400_123, 59_754_000, 1_650_000, {1: Latency(3.0, 2.9, 3.3, 100), 32: Latency(32.6, 32.0, 34.0, 45)})
+
+
+def report(**changes):
+    values = {
+        "model_id": "cifar_resnet56",
+        "revision": "0123abc",
+        "architecture": "cifar_resnet56",
+        "license": None,
+        "dataset_id": "uoft-cs/cifar10",
+        "dataset_revision": None,
+        "splits": {"train": "train", "validation": "10% of train", "test": "test"},
+        "rows": {"train": 45_000, "validation": 5_000, "test": 10_000},
+        "input_size": (3, 32, 32),
+        "stages": (
+            Stage("dense", DENSE, Accuracy(0.9339, 0.998, 10_000, "test")),
+            Stage("pruned", SMALL, Accuracy(0.906, 0.996, 10_000, "test")),
+            Stage("finetuned", SMALL, Accuracy(0.9195, 0.997, 10_000, "test")),
+        ),
+        "config": {"target_macs": 0.5, "seed": 0},
+        "command": "camphive --model cifar_resnet56",
+        "groups": (GroupRow("conv1", 16, 16, None), GroupRow("fc", 10, 10, "output of the network")),
+        "dropped": ("layer1.0",),
+        "notes": ("a note",),
+        "finetune": {"epochs": [{"epoch": 1.0, "loss": 0.5}], "mixed_precision": "no", "steps": 352},
+        "seconds": {"finetune": 12.5},
+        "environment": {"device": "a CPU", "threads": "2"},
+    }
+    return PruneReport(**values | changes)
+
+
+TABLE = """\
+cifar_resnet56 on uoft-cs/cifar10, images of 3x32x32
+
+                     dense   pruned  finetuned         change
+-------------------------------------------------------------
+top-1              93.39 %  90.60 %    91.95 %   -1.44 points
+top-5              99.80 %  99.60 %    99.70 %   -0.10 points
+MACs per image     125.5 M  59.75 M    59.75 M    2.10x fewer
+parameters         853.0 k  400.1 k    400.1 k    2.13x fewer
+latency, batch 1   4.21 ms  3.00 ms    3.00 ms   1.40x faster
+latency, batch 32  71.2 ms  32.6 ms    32.6 ms   2.18x faster
+file size          3.46 MB  1.65 MB    1.65 MB  2.10x smaller
+-------------------------------------------------------------
+Accuracy on 10,000 images of 'test'; standard error of top-1: 0.27 points.
+Latency: median of 45 to 100 interleaved runs on a CPU, 2 threads.
+1 MAC = 2 FLOPs; 1 MB = 10^6 bytes."""
+
+
+def test_table_is_as_published():
+    assert report().table() == TABLE
+
+
+def test_table_says_what_was_not_measured_and_what_grew():
+    bare = Footprint(2_000, 10**6, 9_000, {})
+    stages = (Stage("dense", Footprint(1_000, 10**6, 9_000, {}), None), Stage("pruned", bare, None))
+    lines = report(stages=stages, model_id="m" * 80, dataset_id="d " * 40).table().splitlines()
+    rows = {line[:16].strip(): line for line in lines}
+    assert rows["top-1"].count(NOT_MEASURED) == rows["latency"].count(NOT_MEASURED) == 2
+    assert rows["parameters"].endswith("2.00x more")
+    assert rows["MACs per image"].endswith("unchanged")
+    assert max(map(len, lines)) <= 100
+
+
+def test_table_of_one_stage_has_no_change_column():
+    assert "change" not in report(stages=report().stages[:1]).table()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (format_count(1_814_073_344), "1.814 G"),
+        (format_count(11_689_512), "11.69 M"),
+        (format_count(640), "640"),
+        (format_count(999_960), "1.000 M"),
+        (format_bytes(46_807_480), "46.8 MB"),
+        (format_bytes(712), "712 B"),
+        (format_ms(0.0512), "0.05 ms"),
+        (format_ms(1234.5), "1234 ms"),
+    ],
+)
+def test_numbers_for_people(text, shown):
+    assert text == shown
+
+
+def test_json_round_trip():
+    first = report()
+    assert PruneReport.from_json(first.to_json()) == first
+    bare = report(stages=(Stage("dense", DENSE, None),), finetune=None)
+    assert PruneReport.from_json(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"schema": 1}', '{"schema": 99}', None])
+def test_foreign_json_is_refused(damage):
+    text = damage if damage is not None else json.dumps(report().to_dict() | {"colour": "red"})
+    with pytest.raises(ModelError, match="wrote it"):
+        PruneReport.from_json(text)
+
+
+def test_counts_of_resnet18():
+    net = timm.create_model("resnet18").train()
+    assert count_macs(net, (3, 224, 224)) == 1_814_073_344
+    assert count_parameters(net) == 11_689_512
+    assert net.training and next(net.parameters()).device.type == "cpu"
+
+
+def test_macs_of_a_grouped_convolution_by_hand():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4), nn.Flatten(), nn.Linear(8 * 5 * 5, 7))
+    assert count_macs(net, (4, 10, 10)) == 8 * 5 * 5 * 9 * 1 + 8 * 5 * 5 * 7
+
+
+def test_file_bytes_are_those_of_the_file(tmp_path):
+    net = timm.create_model("resnet10t", num_classes=3).to(memory_format=torch.channels_last)
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert footprint(net, (3, 64, 64)).file_bytes == (tmp_path / "model.safetensors").stat().st_size
+
+
+class Witness(nn.Module):
+    calls: list[tuple[str, int]] = []  # noqa: RUF012
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.norm = name, nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        assert not self.training and not torch.is_grad_enabled()
+        assert x.shape[0] == 1 or x.is_contiguous(memory_format=torch.channels_last)
+        Witness.calls.append((self.name, x.shape[0]))
+        return self.norm(x)
+
+
+def test_latency_takes_turns_and_leaves_the_networks_alone():
+    Witness.calls = []
+    nets = {"dense": Witness("dense"), "pruned": Witness("pruned")}
+    measured = measure_latency(nets, (3, 4, 4), batch_sizes=(1, 2), runs=7)
+    for batch in (1, 2):
+        names = [name for name, size in Witness.calls if size == batch]
+        pairs = [tuple(names[i : i + 2]) for i in range(0, len(names), 2)]
+        assert set(pairs) == {("dense", "pruned"), ("pruned", "dense")}
+        assert all(measured[name][batch].runs == 7 for name in nets)
+    latency = measured["dense"][2]
+    assert 0 < latency.low <= latency.median <= latency.high
+    assert all(net.training and net.norm.num_batches_tracked == 0 for net in nets.values())
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(0.05)
+        return x
+
+
+def test_latency_keeps_to_its_time():
+    latency = measure_latency({"slow": Slow()}, (1, 1, 1), batch_sizes=(1,), runs=1000, seconds=0.2)["slow"][1]
+    assert 3 <= latency.runs <= 6
+    assert latency.median >= 50
+
+
+def test_environment_names_what_figures_depend_on():
+    found = environment(processes=2)
+    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
+    assert found["processes"] == "2" and found["device"] and all(isinstance(v, str) for v in found.values())

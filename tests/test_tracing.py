@@ -1,0 +1,227 @@
+"""Groups of networks that are drawn by hand, and what tracing must refuse to guess."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from toys import Block, Chain, ToyResNet, randomise
+
+from hf_camphive.branches import affine_path, droppable_branches, junctions, residual_streams
+from hf_camphive.errors import ModelError
+from hf_camphive.surgery import check_groups
+from hf_camphive.tracing import trace_network
+
+
+def groups_of(net: nn.Module, size: int = 8) -> dict[str, list[tuple[str, int, str]]]:
+    trace = trace_network(net.eval(), (3, size, size))
+    return {group.name: [(s.tensor, s.axis, s.role) for s in group.slots] for group in trace.groups}
+
+
+def test_groups_of_a_residual_network_are_those_drawn_by_hand():
+    trace = trace_network(ToyResNet().eval(), (3, 8, 8))
+    assert {g.name: g.size for g in trace.groups} == {
+        "stem": 6,
+        "block1.conv1": 5,
+        "block2.conv1": 7,
+        "block2.conv2": 8,
+        "head": 3,
+    }
+    slots = {g.name: {(s.tensor, s.axis, s.role) for s in g.slots} for g in trace.groups}
+    norms = lambda name: {(f"{name}.{t}", 0, "affine") for t in ("weight", "bias", "running_mean", "running_var")}  # noqa: E731
+    assert slots["stem"] == {
+        ("stem.weight", 0, "producer"),
+        ("block1.conv2.weight", 0, "producer"),
+        ("block1.conv1.weight", 1, "consumer"),
+        ("block2.conv1.weight", 1, "consumer"),
+        ("block2.downsample.0.weight", 1, "consumer"),
+        *norms("bn"),
+        *norms("block1.bn2"),
+    }
+    assert slots["block1.conv1"] == {
+        ("block1.conv1.weight", 0, "producer"),
+        ("block1.conv2.weight", 1, "consumer"),
+        *norms("block1.bn1"),
+    }
+    assert [g.name for g in trace.groups if g.frozen] == ["head"]
+    assert residual_streams(trace) == {"stem", "block2.conv2"}
+
+
+def test_every_axis_of_every_weight_is_covered_exactly_once_but_for_the_image():
+    net = timm.create_model("resnet18").eval()
+    trace = trace_network(net, (3, 64, 64))
+    seen: dict[tuple[str, int], list[int]] = {}
+    for group in trace.groups:
+        for slot in group.slots:
+            seen.setdefault((slot.tensor, slot.axis), []).extend(slot.index)
+    for name, parameter in net.named_parameters():
+        for axis in range(min(parameter.dim(), 2)):
+            expected = [] if (name, axis) == ("conv1.weight", 1) else list(range(parameter.shape[axis]))
+            assert sorted(seen.get((name, axis), [])) == expected, (name, axis)
+
+
+def test_macs_of_the_weights_are_torchs_own_count():
+    net = timm.create_model("mobilenetv2_100").eval()
+    trace = trace_network(net, (3, 224, 224))
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    from hf_camphive.report import count_macs
+
+    assert sum(count * sizes[name] for name, count in trace.positions.items()) == count_macs(net, (3, 224, 224))
+
+
+def test_flatten_gives_each_channel_its_columns():
+    trace = trace_network(Chain().eval(), (3, 8, 8))
+    group = next(g for g in trace.groups if g.name == "conv2")
+    head = next(s for s in group.slots if s.tensor == "head.weight")
+    assert head.positions([0, 2], group.size) == [*range(16), *range(32, 48)]
+
+
+def test_grouped_convolution_ties_equal_offsets():
+    trace = trace_network(Chain(groups=2).eval(), (3, 8, 8))
+    sizes = {g.name: g.size for g in trace.groups}
+    assert sizes["conv1"] == 4 and sizes["conv2"] == 4
+    group = next(g for g in trace.groups if g.name == "conv1")
+    assert next(s for s in group.slots if s.tensor == "conv1.weight").positions([1], 4) == [1, 5]
+
+
+class Concatenated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
+        self.head = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.a(x), self.b(x)], dim=1)).mean((2, 3))
+
+
+def test_concatenation_keeps_offsets():
+    trace = trace_network(Concatenated().eval(), (3, 8, 8))
+    index = {
+        g.name: next(s.index for s in g.slots if s.tensor == "head.weight" and s.axis == 1)
+        for g in trace.groups
+        if g.name in "ab"
+    }
+    assert index == {"a": tuple(range(4)), "b": tuple(range(4, 10))}
+
+
+class Shuffled(Concatenated):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.a(x), self.b(x)], dim=1)
+        n, c, h, w = y.shape
+        return self.head(y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)).mean((2, 3))
+
+
+def test_channel_shuffle_is_followed():
+    trace = trace_network(Shuffled().eval(), (3, 8, 8))
+    order = list(torch.arange(10).view(2, 5).T.reshape(-1))
+    for group in trace.groups:
+        if group.name in "ab":
+            consumer = next(s for s in group.slots if s.role == "consumer")
+            offset = 0 if group.name == "a" else 4
+            assert consumer.index == tuple(order.index(c + offset) for c in range(group.size))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: the gate's output is coupled to what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 4, 1),
+            nn.Conv2d(4, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        gate = self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(x * gate).mean((2, 3))
+
+
+def test_gate_is_coupled_to_what_it_multiplies():
+    groups = groups_of(Gated())
+    assert ("up.weight", 0, "producer") in groups["conv"] and ("down.weight", 1, "consumer") in groups["conv"]
+    assert ("up.weight", 1, "consumer") in groups["down"]
+
+
+class Sorted(Concatenated):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.head(torch.cat([torch.sort(y, dim=1).values, self.b(x)], dim=1)).mean((2, 3))
+
+
+def test_an_unknown_operation_freezes_what_it_touches_and_is_named():
+    trace = trace_network(Sorted().eval(), (3, 8, 8))
+    frozen = {g.name: g.frozen for g in trace.groups}
+    assert "sort" in frozen["a"] and "not understood" in frozen["a"]
+    assert frozen["b"] is None
+
+
+class Averaged(Concatenated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.a(x) + self.a(x).mean(1, keepdim=True), self.b(x)], dim=1)).mean((2, 3))
+
+
+def test_mixing_channels_without_weights_freezes_them():
+    frozen = {g.name: g.frozen for g in trace_network(Averaged().eval(), (3, 8, 8)).groups}
+    assert "averages over channels" in frozen["a"] and frozen["b"] is None
+
+
+def test_untraceable_network_is_refused_with_its_reason():
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("I do not feel like it")
+
+    with pytest.raises(ModelError, match=r"Moody cannot be traced .*I do not feel like it"):
+        trace_network(Moody(), (3, 8, 8))
+
+
+def test_residual_branches_and_the_layers_that_close_them():
+    trace = trace_network(ToyResNet().eval(), (3, 8, 8))
+    found = junctions(trace.graph)
+    assert [trace.graph.tensors[affine_path(j)[0].args[1]] for j in found] == [
+        "block1.conv2.weight",
+        "block2.conv2.weight",
+    ]
+    branches = {b.module: b for b in droppable_branches(trace)}
+    assert branches["block1"].shortcut == () and branches["block1"].after == ("act2",)
+    assert branches["block2"].shortcut == ("downsample",) and branches["block2"].gates == ("block2.conv1",)
+
+
+class Padded(Block):
+    """After the emptied interior a padded 3x3 sees a border: what is left is no constant."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 5, 6)
+        self.conv3 = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        return self.act2(y + x)
+
+
+def test_a_branch_that_leaves_no_constant_cannot_be_dropped():
+    net = ToyResNet()
+    net.block1 = Padded()
+    assert [b.module for b in droppable_branches(trace_network(net.eval(), (3, 8, 8)))] == ["block2"]
+
+
+def test_groups_pass_their_experiment_and_a_wrong_one_is_frozen():
+    net = randomise(ToyResNet())
+    trace = trace_network(net, (3, 8, 8))
+    checked = check_groups(net, trace, torch.Generator().manual_seed(0))
+    assert checked.groups == trace.groups
+    from dataclasses import replace
+
+    wrong = tuple(
+        replace(g, slots=tuple(s for s in g.slots if s.tensor != "block2.downsample.0.weight"))
+        if g.name == "stem"
+        else g
+        for g in trace.groups
+    )
+    checked = check_groups(net, replace(trace, groups=wrong), torch.Generator().manual_seed(0))
+    assert [g.name for g in checked.groups if g.frozen and "moved the output" in g.frozen] == ["stem"]

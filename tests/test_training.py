@@ -1,0 +1,593 @@
+"""Training against loops written out by hand, resuming against not stopping, two processes against one."""
+
+import copy
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from hf_camphive import training
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import ConfigError, DataError, TrainingError
+from hf_camphive.training import (
+    choose_precision,
+    classification_loss,
+    evaluate_accuracy,
+    finetune,
+    make_accelerator,
+    recalibrate_batchnorm,
+    train_head,
+    warmup_cosine,
+)
+
+CLASSES, SIZE = 7, 6
+CONFIG = CampHiVeConfig(mixed_precision="no", learning_rate=0.05, num_train_epochs=2.0, distillation=0.0)
+
+
+class Images(Dataset):
+    """Noisy class patterns; `jitter` draws from the global generators, as augmentations do."""
+
+    def __init__(self, rows: int, jitter: bool = False, seed: int = 0):
+        patterns = torch.randn(CLASSES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(CLASSES, (rows,), generator=generator)
+        self.images = patterns[self.labels] + 0.5 * torch.randn(rows, 3, SIZE, SIZE, generator=generator)
+        self.jitter = jitter
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        image = self.images[i]
+        if self.jitter:
+            image = image + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        return {"pixel_values": image, "labels": int(self.labels[i])}
+
+
+class Net(nn.Module):
+    def __init__(self, norm: bool = True, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+            self.fc = nn.Linear(8 * 9, CLASSES)
+        self.to(dtype)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(F.avg_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+@dataclass(frozen=True)
+class Loaders:
+    calibration: DataLoader
+    train: DataLoader
+    validation: DataLoader | None
+
+
+def loaders(rows=50, batch=8, jitter=False, validation=20):
+    return Loaders(
+        DataLoader(Images(21, seed=3), batch_size=8),
+        DataLoader(Images(rows, jitter), batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(7)),
+        DataLoader(Images(validation, seed=2), batch_size=8) if validation else None,
+    )
+
+
+def fresh_accelerator(config=CONFIG):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return make_accelerator(config)
+
+
+@pytest.fixture
+def accelerator():
+    yield fresh_accelerator()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def accuracy_by_hand(net, dataset):
+    with torch.no_grad():
+        order = net.eval()(dataset.images).argsort(dim=1, descending=True)
+    hit = order == dataset.labels[:, None]
+    return hit[:, 0].double().mean().item(), hit[:, :5].any(1).double().mean().item()
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_accuracy_counts_every_row_once(accelerator, rows):
+    net, dataset = Net().train(), Images(rows)
+    top1, top5 = accuracy_by_hand(copy.deepcopy(net), dataset)
+    found = evaluate_accuracy(net, DataLoader(dataset, batch_size=8), accelerator, "test")
+    assert (found.images, found.split) == (rows, "test")
+    assert (found.top1, found.top5) == pytest.approx((top1, top5), abs=1e-12)
+    assert net.training and same(net, Net())
+
+
+def test_outputs_that_are_no_numbers_are_not_called_accuracy(accelerator):
+    net = Net()
+    net.fc.bias.data[3] = math.nan
+    with pytest.raises(TrainingError, match=r"not numbers on 21 of 21 images of 'test'"):
+        evaluate_accuracy(net, DataLoader(Images(21), batch_size=8), accelerator, "test")
+
+
+def test_an_empty_split_is_refused(accelerator):
+    with pytest.raises(DataError, match="no images"):
+        evaluate_accuracy(Net(), DataLoader(Images(0)), accelerator, "test")
+
+
+@pytest.mark.realdata
+def test_a_published_network_has_its_published_accuracy(accelerator):
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    weights = folder / "weights" / "cifar10_resnet20.safetensors"
+    if not weights.exists():
+        pytest.skip(f"CIFAR-10 and its weights are not in {folder}")
+    from hf_camphive.data import load_loaders
+    from hf_camphive.models import load_base
+
+    net = load_base("cifar_resnet20", str(weights)).net
+    test = load_loaders(str(folder / "cifar10"), net, CONFIG).test
+    found = evaluate_accuracy(net, test, accelerator, "test")
+    assert found.images == 10_000 and found.top1 == pytest.approx(0.9173, abs=2e-4)
+
+
+# ---- loss and schedule
+
+
+def test_distillation_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 5, CLASSES, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 6])
+    config = replace(CONFIG, distillation=0.3, temperature=2.0, label_smoothing=0.1)
+    p, q = (teacher / 2).softmax(1), (logits / 2).softmax(1)
+    kl = (p * (p / q).log()).sum(1).mean()
+    target = 0.9 * F.one_hot(labels, CLASSES).double() + 0.1 / CLASSES
+    ce = -(target * logits.softmax(1).log()).sum(1).mean()
+    found = classification_loss(logits, labels, teacher, config)
+    assert found.item() == pytest.approx((0.7 * ce + 0.3 * 4 * kl).item(), abs=1e-12)
+    assert classification_loss(logits, labels, None, config).item() == pytest.approx(ce.item(), abs=1e-12)
+    assert classification_loss(logits.bfloat16(), labels, None, config).dtype == torch.float32
+
+
+def test_warmup_then_cosine():
+    rates = [warmup_cosine(step, 3, 11) for step in range(11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == pytest.approx(0.5)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.05
+    assert warmup_cosine(0, 0, 1) == 1.0
+    assert warmup_cosine(11, 3, 11) == warmup_cosine(12, 3, 11) == 0.0
+
+
+# ---- finetuning
+
+
+def test_finetune_is_the_loop_written_by_hand():
+    config = replace(
+        CONFIG,
+        gradient_accumulation_steps=2,
+        distillation=0.5,
+        label_smoothing=0.1,
+        warmup_ratio=0.25,
+        weight_decay=0.1,
+    )
+    accelerator = fresh_accelerator(config)
+    net, teacher = Net(), Net()
+    teacher.fc.weight.data.mul_(3)
+    given = copy.deepcopy(teacher)
+    log = finetune(net, loaders(), config, accelerator, teacher.train())
+
+    expected, optimal = Net().train(), loaders().train
+    weights = [p for p in expected.parameters() if p.ndim > 1]
+    vectors = [p for p in expected.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    step, losses = 0, []
+    for _ in range(2):  # 7 batches: 4 steps an epoch, the last of a single batch
+        epoch, rows = 0.0, 0
+        for i, batch in enumerate(optimal):
+            for group in optimizer.param_groups:
+                rate = group["lr"] = 0.05 * (
+                    (step + 1) / 3 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))
+                )
+            with torch.no_grad():
+                soft = given.eval()(batch["pixel_values"])
+            loss = classification_loss(expected(batch["pixel_values"]), batch["labels"], soft, config)
+            (loss / 2).backward()
+            epoch, rows = epoch + loss.item() * len(batch["labels"]), rows + len(batch["labels"])
+            if i % 2 == 1 or i == 6:
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+        losses.append(epoch / rows)
+
+    assert log.steps == step == 8 and log.mixed_precision == "no"
+    assert [epoch.loss for epoch in log.epochs] == pytest.approx(losses, rel=1e-5)
+    assert [epoch.epoch for epoch in log.epochs] == [1.0, 2.0]
+    assert log.epochs[-1].learning_rate == pytest.approx(rate, rel=1e-6)
+    top1, _ = accuracy_by_hand(expected, Images(20, seed=2))
+    assert log.epochs[-1].validation_top1 == pytest.approx(top1)
+    for found, wanted in zip(net.state_dict().values(), expected.state_dict().values()):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert same(teacher, given)
+    json.dumps(log.to_dict(), allow_nan=False)
+
+
+def test_the_network_comes_back_as_it_went_in(accelerator):
+    net = Net().eval()
+    keys = set(net.__dict__)
+    finetune(net, loaders(), CONFIG, accelerator)
+    assert not net.training and not net.norm.training and set(net.__dict__) == keys
+    assert net.conv.weight.is_contiguous()
+    assert not accelerator._models and GradientState().dataloader_references == [None]
+
+
+def test_the_seed_decides(accelerator):
+    nets = [Net() for _ in range(3)]
+    for net, seed in zip(nets, (0, 0, 1)):
+        finetune(net, loaders(jitter=True), replace(CONFIG, seed=seed), accelerator)
+    assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.0, 0), (0.25, 2), (1.5, 11), (2.0, 14)])
+def test_fractional_epochs(accelerator, epochs, steps):
+    net = Net()
+    log = finetune(net, loaders(), replace(CONFIG, num_train_epochs=epochs), accelerator)
+    assert log.steps == steps == net.norm.num_batches_tracked
+    assert len(log.epochs) == math.ceil(epochs)
+    if steps:
+        assert log.epochs[-1].epoch == pytest.approx(steps / 7, abs=1e-4)
+        assert log.epochs[-1].learning_rate == pytest.approx(
+            0.05 * warmup_cosine(steps - 1, round(0.05 * steps), steps)
+        )
+    assert GradientState().dataloader_references == [None]
+
+
+def test_adamw_learns(accelerator):
+    config = replace(CONFIG, optimizer="adamw", learning_rate=0.01, num_train_epochs=6.0)
+    log = finetune(Net(), loaders(rows=120), config, accelerator)
+    assert log.epochs[-1].loss < 0.5 * log.epochs[0].loss and log.epochs[-1].validation_top1 > 0.8
+
+
+def test_bf16_trains_near_fp32_and_leaves_fp32_weights(accelerator):
+    exact, rough = Net(), Net()
+    finetune(exact, loaders(), CONFIG, accelerator)
+    log = finetune(rough, loaders(), replace(CONFIG, mixed_precision="bf16"), accelerator)
+    assert log.mixed_precision == "bf16" and rough.conv.weight.dtype == torch.float32
+    gap = max((a - b).abs().max().item() for a, b in zip(exact.parameters(), rough.parameters()))
+    assert 0 < gap < 0.05
+
+
+class Explodes(Net):
+    """Well-behaved until its `fuse` burns down; then the logits overflow."""
+
+    def __init__(self, fuse: int):
+        super().__init__()
+        self.fuse, self.seen = fuse, None
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.training:
+            self.fuse -= 1
+            if self.fuse < 0:
+                self.seen = {name: p.detach().clone() for name, p in self.named_parameters()}
+                return logits * math.inf
+        return logits
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(accelerator):
+    net = Explodes(fuse=9)
+    with pytest.raises(
+        TrainingError, match=r"loss is nan in epoch 2, step 10 of 14 \(learning rate 0\.0\d+\).*[Ll]ower"
+    ):
+        finetune(net, loaders(), CONFIG, accelerator)
+    assert all(torch.equal(p, net.seen[name]) for name, p in net.named_parameters())
+    assert GradientState().dataloader_references == [None] and not accelerator._models
+    assert evaluate_accuracy(net, DataLoader(Images(21), batch_size=8), accelerator, "test").images == 21
+
+
+class Steep(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.scale.sqrt())
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step(accelerator):
+    net, start = Steep(), Steep()
+    with pytest.raises(TrainingError, match=r"gradient has norm (inf|nan) in epoch 1, step 1 of 14"):
+        finetune(net, loaders(), CONFIG, accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), start.parameters()))
+
+
+def test_no_training_images_are_refused(accelerator):
+    with pytest.raises(DataError, match="no training images"):
+        finetune(Net(), replace(loaders(), train=None), CONFIG, accelerator)
+
+
+# ---- checkpoints
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(net, config, accelerator, folder, after, monkeypatch, given=None):
+    """Finetune, and die right after the checkpoint of epoch `after`."""
+    save = training._CheckpointStore.save
+
+    def save_then_stop(store, progress):
+        save(store, progress)
+        if len(progress.epochs) == after:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(training._CheckpointStore, "save", save_then_stop)
+        finetune(net, given or loaders(jitter=True), config, accelerator, Net(), folder)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(accelerator, tmp_path, monkeypatch):
+    config = replace(CONFIG, num_train_epochs=3.5, distillation=0.5)
+    whole = Net()
+    expected = finetune(whole, loaders(jitter=True), config, accelerator, Net())
+    interrupted(Net(), config, accelerator, tmp_path, 2, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-2"]
+
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)
+    net = Net()
+    log = finetune(net, loaders(jitter=True), config, accelerator, Net(), tmp_path, resume=True)
+    assert same(net, whole)
+    assert [replace(e, seconds=0) for e in log.epochs] == [replace(e, seconds=0) for e in expected.epochs]
+    assert log.steps == expected.steps == 25
+
+    again = Net()  # nothing is left to do
+    assert finetune(again, loaders(), config, accelerator, Net(), tmp_path, resume=True) == log
+    assert same(again, whole)
+
+
+class Streamlike(Images):
+    """A dataset that shuffles by the number of the epoch, as streamed ones do."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
+def test_a_resumed_run_goes_on_with_the_next_epoch_of_a_stream(accelerator, tmp_path, monkeypatch):
+    dataset = Streamlike(16)
+    given = replace(loaders(), train=DataLoader(dataset, batch_size=8))
+    config = replace(CONFIG, num_train_epochs=3.0)
+    interrupted(Net(), config, accelerator, tmp_path, 2, monkeypatch, given)
+    assert list(dict.fromkeys(dataset.epochs)) == [0, 1]
+    dataset.epochs = []
+    finetune(Net(), given, config, accelerator, Net(), tmp_path, resume=True)
+    assert set(dataset.epochs) == {2}
+
+
+def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch):
+    config = replace(CONFIG, num_train_epochs=3.0)
+    interrupted(Net(), config, accelerator, tmp_path, 2, monkeypatch)
+    net, whole = Net(), Net()
+    finetune(whole, loaders(), config, accelerator)
+    assert len(finetune(net, loaders(), config, accelerator, None, tmp_path).epochs) == 3
+    assert same(net, whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path, monkeypatch):
+    interrupted(Net(), CONFIG, accelerator, tmp_path, 1, monkeypatch)
+    with pytest.raises(ConfigError, match=r"other settings \(learning_rate, seed\).*without --resume"):
+        other = replace(CONFIG, learning_rate=0.1, seed=4)
+        finetune(Net(), loaders(), other, accelerator, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="network"):
+        finetune(Net(norm=False), loaders(), CONFIG, accelerator, checkpoint_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("file", ["progress.json", "model.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_named(accelerator, tmp_path, monkeypatch, file):
+    interrupted(Net(), CONFIG, accelerator, tmp_path, 1, monkeypatch)
+    path = tmp_path / "epoch-1" / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(TrainingError, match=r"epoch-1 cannot be read.*delete it"):
+        finetune(Net(), loaders(), CONFIG, accelerator, checkpoint_dir=tmp_path, resume=True)
+
+
+# ---- the head
+
+
+def test_only_the_head_learns(accelerator):
+    net, start = Net(), Net()
+    net.conv.weight.requires_grad_(False)
+    log = train_head(net, loaders(rows=200), replace(CONFIG, head_epochs=8.0), accelerator)
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert log.epochs[-1].validation_top1 > log.epochs[0].validation_top1
+    assert [p.requires_grad for p in net.parameters()] == [False, *[True] * 5]
+    assert all(p.grad is None for p in net.parameters())
+
+
+# ---- BatchNorm
+
+
+@pytest.mark.parametrize("batch", [5, 8, 20])
+def test_recalibration_is_exact_for_one_norm(accelerator, batch):
+    dataset, net = Images(21), Net().train()  # the last batch is a single image
+    dataset.images[-1] += 30
+    recalibrate_batchnorm(net, DataLoader(dataset, batch_size=batch), accelerator)
+    x = net.conv(dataset.images).double()
+    torch.testing.assert_close(net.norm.running_mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.norm.running_var.double(), x.var((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert net.training and net.norm.num_batches_tracked == 0
+    assert not net.norm._forward_pre_hooks
+
+
+def test_recalibration_of_many_norms_is_that_of_training_mode(accelerator):
+    import timm
+
+    net = timm.create_model("efficientnet_lite0", num_classes=3, drop_rate=0.5).double()
+    expected, images = copy.deepcopy(net).eval(), torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    for module in expected.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+            module.training = True
+    with torch.no_grad():
+        expected(images)
+    rows = [{"pixel_values": image, "labels": 0} for image in images]
+    recalibrate_batchnorm(net, DataLoader(rows, batch_size=6), accelerator)
+    for (name, found), wanted in zip(net.state_dict().items(), expected.state_dict().values()):
+        if "num_batches" not in name:
+            torch.testing.assert_close(found, wanted, msg=name)
+
+
+# ---- precision
+
+
+def fake_clock(monkeypatch, bf16: float):
+    calls = []
+
+    def seconds(net, batch, precision):
+        calls.append((precision, len(batch["labels"])))
+        return 1.0 if precision == "no" else bf16
+
+    monkeypatch.setattr(training, "_step_seconds", seconds)
+    return calls
+
+
+@pytest.mark.parametrize(("bf16", "choice"), [(0.25, "bf16"), (0.95, "no"), (11.0, "no")])
+def test_the_faster_precision_is_chosen(monkeypatch, bf16, choice):
+    calls = fake_clock(monkeypatch, bf16)
+    batch = {"pixel_values": torch.randn(40, 3, SIZE, SIZE), "labels": torch.zeros(40, dtype=torch.long)}
+    found, seconds = choose_precision(Net(), batch, torch.device("cpu"))
+    assert (found, seconds) == (choice, {"no": 1.0, "bf16": bf16})
+    assert {rows for _, rows in calls} == {16}
+    assert sum(precision == "bf16" for precision, _ in calls) == (1 if bf16 > 4 else 4)
+
+
+def test_auto_probes_without_touching_anything(accelerator, monkeypatch):
+    net, expected = Net(), Net()
+    finetune(expected, loaders(), CONFIG, accelerator)
+    monkeypatch.setattr(training, "WORTHWHILE", 0.0)
+    log = finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator)
+    assert log.mixed_precision == "no" and same(net, expected)
+    monkeypatch.setattr(training, "WORTHWHILE", math.inf)
+    assert finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator).mixed_precision == "bf16"
+
+
+# ---- launching
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"one of 2 processes.*ACCELERATE_USE_CPU=true"):
+        fresh_accelerator()
+
+
+def test_half_a_launch_is_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match=r"cannot start as it was launched.*MASTER_ADDR"):
+        fresh_accelerator()
+
+
+def test_a_launch_that_became_one_process_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with caplog.at_level(logging.WARNING):
+        fresh_accelerator()
+    assert "ignores --num_processes on CPU" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharded_launches_are_refused(monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ConfigError, match=f"{kind}.*second derivatives.*--multi_gpu"):
+        fresh_accelerator()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_fp16_needs_a_gpu():
+    with pytest.raises(ConfigError, match=r"fp16.*needs a GPU"):
+        fresh_accelerator(replace(CONFIG, mixed_precision="fp16"))
+
+
+# ---- two processes
+
+
+def everything(accelerator: Accelerator, folder: Path, accumulation: int) -> dict:
+    """What is compared between one process and two; two see twice the images a step, one accumulates."""
+    config = replace(CONFIG, distillation=0.5, num_train_epochs=2.5)
+    accelerator.gradient_accumulation_steps = accumulation
+    found = {}
+    for rows in (1, 3, 16, 21, 40):
+        result = evaluate_accuracy(Net(), DataLoader(Images(rows), batch_size=8), accelerator, "test")
+        found[f"accuracy of {rows}"] = [result.top1, result.top5, result.images]
+    for rows in (5, 21, 40):
+        net = Net()
+        recalibrate_batchnorm(net, DataLoader(Images(rows), batch_size=8), accelerator)
+        found[f"statistics of {rows}"] = net.norm.running_mean.tolist() + net.norm.running_var.tolist()
+    net = Net(norm=False)
+    log = finetune(net, loaders(rows=48), config, accelerator, Net(norm=False), folder)
+    found["weights"] = torch.cat([p.detach().flatten() for p in net.parameters()]).tolist()
+    found["log"] = [x for e in log.epochs for x in (e.epoch, e.loss, e.learning_rate, e.validation_top1)]
+    found["steps"] = [log.steps]
+    resumed = Net(norm=False)
+    finetune(resumed, loaders(rows=48), config, accelerator, Net(norm=False), folder, resume=True)
+    found["resumed"] = torch.cat([p.detach().flatten() for p in resumed.parameters()]).tolist()
+    normed = Net()
+    finetune(normed, loaders(), CONFIG, accelerator)
+    found["norms agree"] = [float(same_everywhere(normed.norm.running_mean, accelerator))]
+    broken = Explodes(fuse=2 if accelerator.process_index == 0 else 10**6)
+    with pytest.raises(TrainingError):
+        finetune(broken, loaders(), CONFIG, accelerator)
+    return found
+
+
+def same_everywhere(x: torch.Tensor, accelerator: Accelerator) -> bool:
+    return bool((accelerator.gather(x[None]) == x).all())
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = everything(fresh_accelerator(replace(CONFIG, gradient_accumulation_steps=2)), tmp_path / "one", 2)
+    assert one.keys() == two.keys()
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+
+
+if __name__ == "__main__":
+    accelerator = make_accelerator(CONFIG)
+    assert accelerator.num_processes == 2
+    found = everything(accelerator, Path(sys.argv[1]) / "two", 1)
+    if accelerator.is_main_process:
+        (Path(sys.argv[1]) / "two.json").write_text(json.dumps(found))
