@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from .graph import compute, operation
-from .plan import ChannelGroup
 from .tracing import Trace
 
 MatVec = Callable[[Tensor], Tensor]
@@ -60,11 +59,9 @@ def gate_space(trace: Trace, state: Mapping[str, Tensor]) -> GateSpace:
     return GateSpace(size, slices, inputs)
 
 
-def lift(
-    gates: GateSpace, groups: tuple[ChannelGroup, ...], state: Mapping[str, Tensor], u: Tensor
-) -> dict[str, Tensor]:
+def lift(gates: GateSpace, state: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
     """lift(u) = sum_c u_c theta_c: a direction in weight space, {consumer weight: tensor}, from one in gate space [S]."""
-    padded = torch.cat([u, u.new_zeros(1)])
+    padded = torch.cat([u, u.new_zeros(1)])  # inputs without a gate have no direction
     return {
         name: state[name] * padded[index].view(1, -1, *[1] * (state[name].dim() - 2))
         for name, index in gates.inputs.items()

@@ -96,7 +96,7 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
         shutil.rmtree(stale, ignore_errors=True)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; the model needs a folder of its own: choose another name")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != PLAN_FILE for path in folder.iterdir()):  # a dry run leaves a plan alone
         if not Path(folder, CONFIG_FILE).is_file():
             raise OutputError(
                 f"{folder} is not empty and was not saved by hf_camphive (it has no {CONFIG_FILE}); choose another "

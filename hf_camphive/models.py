@@ -149,7 +149,7 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel
         "label_names": labels
     }
     return BaseModel(
-        net=net.float().eval(),
+        net=net.eval(),
         architecture=architecture,
         model_args=args,
         model_id=model_id,
@@ -182,7 +182,7 @@ def _from_checkpoint(name: str, file: Path) -> BaseModel:
         ) from error
     net.pretrained_cfg = net.default_cfg = {k: v for k, v in net.pretrained_cfg.items() if k not in _SOURCES}
     # The checkpoint is somebody's own: timm's licence for its own weights of that architecture says nothing about it.
-    return BaseModel(net.float().eval(), name, {}, name, None, None, _label_names(net, {}))
+    return BaseModel(net.eval(), name, {}, name, None, None, _label_names(net, {}))
 
 
 _SOURCES = ("file", "source", "url", "hf_hub_id", "hf_hub_filename", "license", "tag", "origin_url")

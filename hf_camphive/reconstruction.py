@@ -189,7 +189,7 @@ class _Sums:
         squares = gram.diagonal(dim1=-2, dim2=-1)[:, :-1]
         damping = torch.zeros_like(gram[:, 0])
         damping[:, :-1] = (ridge * squares.mean(dim=1, keepdim=True)).clamp_min(1e-12)
-        damping[:, -1] = (1e-9 * gram[:, -1, -1]).clamp_min(1e-12)
+        damping[:, -1] = (1e-12 * gram[:, -1, -1]).clamp_min(1e-12)
         solution = torch.linalg.solve(gram + torch.diag_embed(damping), cross).mT
         return solution[..., :-1], solution[..., -1]
 

@@ -48,6 +48,8 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset
 
     Raises `ConfigError` where that run was another one: another config, model or dataset.
     """
+    for name in (_NETWORK, _DENSE):
+        hub.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
     folder = work_dir / _NETWORK
     if not folder.exists():
         return None

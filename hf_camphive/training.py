@@ -371,13 +371,6 @@ class _CheckpointStore:
     def newest(self) -> Path | None:
         return max(self.folder.glob("epoch-*"), key=lambda path: int(path.name.partition("-")[2]), default=None)
 
-    def clear(self, but: Path | None = None) -> None:
-        if self.accelerator.is_main_process:
-            for old in self.folder.glob("epoch-*"):
-                if old != but:
-                    shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
     def save(self, progress: _Progress) -> None:
         draft, final = self.folder / "unfinished", self.folder / f"epoch-{len(progress.epochs)}"
         if self.accelerator.is_main_process:
@@ -388,8 +381,11 @@ class _CheckpointStore:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (draft / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
+            shutil.rmtree(final, ignore_errors=True)
             draft.rename(final)
-        self.clear(but=final)
+            for old in set(self.folder.glob("epoch-*")) - {final}:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path, fingerprint: Mapping[str, Any]) -> _Progress:
         """Bring everything prepared back to the checkpoint; raises `ConfigError` where it is another run's."""
@@ -426,8 +422,6 @@ def _train(
         return FinetuneLog((), "no", 0)
     _require_length(loaders.train)
     checkpoint = store.newest() if store and resume else None
-    if store and checkpoint is None:
-        store.clear()
     precision = run.precision
     if precision == "auto" and checkpoint is None:
         precision = _shared_choice(run.net, loaders, config, accelerator)

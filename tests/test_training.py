@@ -388,12 +388,15 @@ def test_a_resumed_run_goes_on_with_the_next_epoch_of_a_stream(accelerator, tmp_
     assert set(dataset.epochs) == {2}
 
 
-def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", [1, 2])
+def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch, left):
     config = replace(CONFIG, num_train_epochs=3.0)
-    interrupted(Net(), config, accelerator, tmp_path, 2, monkeypatch)
+    interrupted(Net(), config, accelerator, tmp_path, left, monkeypatch)
     net, whole = Net(), Net()
-    finetune(whole, loaders(), config, accelerator)
-    assert len(finetune(net, loaders(), config, accelerator, None, tmp_path).epochs) == 3
+    finetune(whole, loaders(jitter=True), config, accelerator, Net())
+    interrupted(Net(), config, accelerator, tmp_path, 1, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-1"]
+    assert len(finetune(net, loaders(jitter=True), config, accelerator, Net(), tmp_path).epochs) == 3
     assert same(net, whole)
 
 

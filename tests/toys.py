@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """A residual block: act2(x + bn2(conv2(act1(bn1(conv1(x)))))), with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int, act: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, act: type[nn.Module] = nn.SiLU) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, inner, 3, padding=1, bias=False)
         self.bn1, self.act1 = nn.BatchNorm2d(inner), act()
@@ -22,9 +22,12 @@ class Block(nn.Module):
 
 
 class ToyResNet(nn.Module):
-    """Stem, two residual blocks, linear head: groups stem (6), two interiors (5 and 7), stage (8), classes (3)."""
+    """Stem, two residual blocks, linear head: groups stem (6), two interiors (5 and 7), stage (8), classes (3).
 
-    def __init__(self, act: type[nn.Module] = nn.ReLU) -> None:
+    SiLU by default: a ReLU leaves some random channels dead.
+    """
+
+    def __init__(self, act: type[nn.Module] = nn.SiLU) -> None:
         super().__init__()
         self.stem, self.bn, self.act = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act()
         self.block1, self.block2 = Block(6, 5, 6, act), Block(6, 7, 8, act)

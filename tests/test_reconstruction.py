@@ -1,0 +1,175 @@
+"""Reconstruction against numpy's least squares on explicit rows, and where it must be exact."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_surgery import plan_with, random_plan
+from torch import nn
+from toys import Chain, ToyResNet, images, randomise, relative_error
+
+import hf_camphive.reconstruction as reconstruction
+from hf_camphive.graph import named_tensors
+from hf_camphive.reconstruction import reconstruct
+from hf_camphive.surgery import apply_plan
+from hf_camphive.tracing import trace_network
+
+
+def prepared(net: nn.Module, size: int = 8):
+    net = randomise(net)
+    trace = trace_network(net, (3, size, size))
+    return net, trace, {name: tensor.detach() for name, tensor in named_tensors(net).items()}
+
+
+def test_nothing_cut_changes_nothing():
+    _, trace, state = prepared(ToyResNet())
+    after = reconstruct(state, plan_with(trace, {}), trace, [images(6)])
+    assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_first_fit_equals_numpys_least_squares_on_explicit_rows():
+    """block1.conv2 reads 3 of 5 channels; its target is the dense sum minus the shortcut, taken back through bn2."""
+    net, trace, state = prepared(ToyResNet())
+    keep, x = [0, 2, 3], images(6)
+    after = reconstruct(state, plan_with(trace, {"block1.conv1": tuple(keep)}), trace, [x[:4], x[4:]], ridge=1e-14)
+    with torch.no_grad():
+        stem = net.act(net.bn(net.stem(x)))
+        inner = net.block1.act1(net.block1.bn1(net.block1.conv1(stem)))
+        target = net.block1.conv2(inner)  # the shortcut is intact, so the repaired target is the dense one
+        rows = F.unfold(inner[:, keep], 3, padding=1).transpose(1, 2).reshape(-1, 27)
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1).numpy()
+        solution = np.linalg.lstsq(rows, target.permute(0, 2, 3, 1).reshape(-1, 6).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(
+        after["block1.conv2.weight"][:, keep].reshape(6, 27).T, solution[:27], rtol=1e-6, atol=1e-8
+    )
+    np.testing.assert_allclose(
+        state["block1.bn2.running_mean"] - after["block1.bn2.running_mean"], solution[27], atol=1e-8
+    )
+    assert after["block1.conv2.weight"][:, [1, 4]].abs().max() == 0
+
+
+def test_second_block_repairs_the_error_that_it_inherits():
+    """The last layer of block 2 is fitted to dense sum - pruned shortcut on what the pruned network feeds it."""
+    _, trace, state = prepared(ToyResNet())
+    x = images(6)
+    plan = plan_with(trace, {"block1.conv1": (0, 1)})
+    after = reconstruct(state, plan, trace, [x], ridge=1e-14)
+    nodes = {
+        trace.graph.tensors[n.args[1]]: n for n in trace.graph.operations if n.target is torch.ops.aten.conv2d.default
+    }
+    sums = [n for n in trace.graph.operations if n.target is torch.ops.aten.add.Tensor]
+    conv, shortcut = nodes["block2.conv2.weight"], sums[1].args[1]
+    norm = next(iter(conv.users))
+    with torch.no_grad():
+        (dense_sum,) = trace.graph.run(state, x, [sums[1]])
+        conv_input, pruned_shortcut, _ = trace.graph.run(after, x, [conv.args[0], shortcut, norm])
+        gamma, beta, mean, var = (state[trace.graph.tensors[a]].view(1, -1, 1, 1) for a in norm.args[1:5])
+        target = (dense_sum - pruned_shortcut - beta) * (var + 1e-5).sqrt() / gamma + mean
+        rows = F.unfold(conv_input, 3, padding=1).transpose(1, 2).reshape(-1, 63)
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1).numpy()
+        solution = np.linalg.lstsq(rows, target.permute(0, 2, 3, 1).reshape(-1, 8).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(after["block2.conv2.weight"].reshape(8, 63).T, solution[:63], rtol=1e-5, atol=1e-7)
+
+
+def make_linearly_dependent(state, group, kept, removed):
+    """Channel `removed` becomes a copy of `kept`, scaled by 2 before a ReLU: linear in it wherever it is read."""
+    for slot in group.slots:
+        if slot.role != "consumer" and "running_var" not in slot.tensor:
+            tensor = state[slot.tensor].clone()
+            scale = 2.0 if slot.tensor.endswith(("bn1.weight", "bn1.bias")) else 1.0
+            tensor.select(slot.axis, removed).copy_(scale * tensor.select(slot.axis, kept))
+            state[slot.tensor] = tensor
+        elif "running_var" in slot.tensor:
+            state[slot.tensor] = state[slot.tensor].clone()
+            state[slot.tensor][removed] = state[slot.tensor][kept]
+
+
+def test_exact_where_removed_channels_are_linear_in_kept_ones():
+    net, trace, state = prepared(ToyResNet(nn.ReLU))
+    groups = {g.name: g for g in trace.groups}
+    make_linearly_dependent(state, groups["block1.conv1"], 0, 3)
+    make_linearly_dependent(state, groups["block2.conv1"], 1, 2)
+    plan = plan_with(trace, {"block1.conv1": (0, 1, 2, 4), "block2.conv1": (0, 1, 3, 4, 5, 6)})
+    x = images(6)
+    with torch.no_grad():
+        (dense,) = trace.graph.run(state, x)
+        small = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [x], ridge=1e-13))
+        assert relative_error(small(x), dense) < 1e-7
+        plain = apply_plan(net, plan, trace, state)
+        assert relative_error(plain(x), dense) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mobilenetv2_100", 64),
+        ("efficientnet_b0", 64),
+        ("seresnet50", 64),
+        ("resnext50_32x4d", 64),
+        ("cifar_resnet20", 32),
+    ],
+)
+def test_reconstruction_brings_every_kind_of_network_nearer_to_the_dense_one(name, size):
+    """Depthwise, grouped and gated layers included: outputs on images that the fits never saw."""
+    torch.manual_seed(0)
+    net = timm.create_model(name).eval()
+    with torch.no_grad():  # statistics of real activations, as after training
+        net.train()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        net(images(24, size, seed=5).float())
+        net.eval().double()
+    trace = trace_network(net, (3, size, size))
+    plan = random_plan(net, trace, seed=3, share=0.8, scope="interior")
+    state = {key: tensor.detach() for key, tensor in named_tensors(net).items()}
+    x, unseen = images(24, size, seed=1), images(8, size, seed=2)
+    with torch.no_grad():
+        fitted = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [x[:12], x[12:]], ridge=1e-3))
+        masked = apply_plan(net, plan, trace)
+        dense = net.forward_features(unseen)
+        errors = [float((m.forward_features(unseen) - dense).norm() / dense.norm()) for m in (fitted, masked)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.parametrize("net", [ToyResNet(), Chain(), Chain(groups=2)], ids=["residual", "flatten", "grouped"])
+def test_recomputing_activations_gives_the_same_weights_as_holding_them(net, monkeypatch):
+    net, trace, state = prepared(net)
+    keep = {
+        g.name: tuple(range(g.size // 2))
+        for g in trace.groups
+        if not g.frozen and g.name not in ("stem", "block2.conv2")
+    }
+    plan, batches = plan_with(trace, keep), [images(4), images(3, seed=1)]
+    held = reconstruct(state, plan, trace, batches)
+    monkeypatch.setattr(reconstruction, "ACTIVATION_BYTES", 0)
+    again = reconstruct(state, plan, trace, batches)
+    for name in state:
+        torch.testing.assert_close(held[name], again[name], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_are_sampled_within_their_bound_and_from_the_seed(monkeypatch):
+    _, trace, state = prepared(ToyResNet())
+    plan, batches = plan_with(trace, {"block1.conv1": (0, 1)}), [images(20), images(20, seed=1)]
+    seen = []
+    add = reconstruction._Sums.add
+    monkeypatch.setattr(
+        reconstruction._Sums, "add", lambda self, rows, errors: seen.append(rows.shape[1]) or add(self, rows, errors)
+    )
+    monkeypatch.setattr(reconstruction, "LEAST_ROWS", 100)
+    monkeypatch.setattr(reconstruction, "ROWS_PER_UNKNOWN", 10)
+    a, b, c = (reconstruct(state, plan, trace, batches, seed=seed) for seed in (0, 0, 1))
+    assert max(seen) < 20 * 64
+    assert all(torch.equal(a[name], b[name]) for name in state)
+    assert not torch.equal(a["block1.conv2.weight"], c["block1.conv2.weight"])
+
+
+def test_an_emptied_branch_leaves_the_mean_of_what_it_added():
+    net, trace, state = prepared(ToyResNet())
+    plan, x = plan_with(trace, {"block1.conv1": ()}, ("block1",)), images(8)
+    with torch.no_grad():
+        small = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [x]))
+        stem = net.act(net.bn(net.stem(x)))
+        branch = net.block1.bn2(net.block1.conv2(net.block1.act1(net.block1.bn1(net.block1.conv1(stem)))))
+    torch.testing.assert_close(small.block1.constant, branch.mean((0, 2, 3)), rtol=1e-6, atol=1e-8)
