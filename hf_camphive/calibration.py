@@ -1,4 +1,4 @@
-"""The calibration set: images, labels and random draws held in memory, and one process's share of them."""
+"""The calibration set: images and labels held in memory, and one process's share of them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,23 +14,22 @@ _MOST_PER_BATCH = 128
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of images [N, C, H, W], labels [N] and uniform draws [N] of one process; `total` counts all processes'."""
+    """One process's batches of images [N, C, H, W], labels [N] and indices [N] among the `total` of all processes."""
 
     images: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
-    draws: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
     total: int
 
     @classmethod
     def collect(
         cls,
         batches: Iterable[Mapping[str, Tensor]],
-        seed: int,
         device: torch.device | str = "cpu",
         process: int = 0,
         processes: int = 1,
     ) -> "Calibration":
-        """Read a loader once. The draws belong to the images, not to the processes: batch i goes to process i mod P.
+        """Read a loader once; batch i goes to process i mod P.
 
         Raises `DataError` where the loader is empty, or its batches are not {"pixel_values", "labels"}.
         """
@@ -44,11 +43,10 @@ class Calibration:
         if not pairs:
             raise DataError("the calibration loader is empty; give it some training images")
         images, labels = (torch.cat(parts) for parts in zip(*pairs))
-        draws = torch.rand(len(images), generator=torch.Generator().manual_seed(seed))
         size = max(1, min(_MOST_PER_BATCH, _PIXELS_PER_BATCH // (images.shape[-1] * images.shape[-2])))
 
         def share(values: Tensor) -> tuple[Tensor, ...]:
             return tuple(part.to(device) for part in values.split(size)[process::processes])
 
         images = images.contiguous(memory_format=torch.channels_last)
-        return cls(share(images), share(labels), share(draws), len(draws))
+        return cls(share(images), share(labels), share(torch.arange(len(images))), len(images))

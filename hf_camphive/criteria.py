@@ -7,13 +7,22 @@ that they compare across groups. Adding a criterion is a function and a row.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import CampHiVeConfig
-from .curvature import PRODUCTS, GateSpace, gate_gradients, gate_space, power_iteration
+from .curvature import (
+    PRODUCTS,
+    GateSpace,
+    curvature_cotangent,
+    gate_gradients,
+    gate_space,
+    label_cotangent,
+    power_iteration,
+)
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
@@ -25,15 +34,15 @@ Reduce = Callable[[Tensor], Tensor]
 class Evidence:
     """What a criterion may look at: the traced network with its weights, and this process's calibration images.
 
-    `draws` are uniform numbers in [0, 1), one an image, drawn for the whole calibration set at once so that they do not
-    depend on how images are spread over processes. `total` counts images of all processes, `reduce` sums over them.
+    `indices` number the images over all processes, so that what is drawn at random for an image does not depend on how
+    images are spread; `total` counts them, `reduce` sums a tensor over processes.
     """
 
     trace: Trace
     state: Mapping[str, Tensor]
     images: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
-    draws: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
     total: int
     config: CampHiVeConfig
     reduce: Reduce = lambda tensor: tensor
@@ -44,22 +53,25 @@ class Evidence:
         return gate_space(self.trace, self.state)
 
     def batches(self, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        batches = list(zip(self.images, self.labels, self.draws))
+        batches = list(zip(self.images, self.labels, self.indices))
         return iter(tqdm(batches, desc=description, unit="batch", disable=not self.progress, leave=False))
 
 
 def fisher(evidence: Evidence) -> Scores:
-    """1/2 mean_n g_nc^2, g_nc the gate gradient of image n at a label drawn from the model.
+    """1/2 mean_n g_nc^2, g_n = J_n^T z_n a gate gradient with E[z z^T] = diag(p) - p p^T: half the true Fisher's diagonal.
 
-    Group Fisher (Liu et al., ICML 2021). Deviation: labels are drawn from the network's own softmax (the true Fisher, in
-    expectation the diagonal of the Gauss-Newton matrix), since gradients at training labels vanish in an overfitted
-    network.
+    Group Fisher (Liu et al., ICML 2021). Deviation: their gradients are those at the training labels, which vanish in an
+    overfitted network; ours have the covariance of gradients at labels drawn from the network itself, with less variance
+    (`curvature_cotangent`).
     """
     gates = evidence.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
-    for images, _, draws in evidence.batches("Score (fisher)"):
-        labels = _model_labels(evidence, images, draws)
-        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, labels)
+    classes = evidence.trace.graph.logits.meta["val"].shape[-1]
+    generator = torch.Generator().manual_seed(evidence.config.seed)
+    signs = torch.randint(0, 2, (evidence.total, classes), generator=generator) * 2 - 1
+    for images, _, indices in evidence.batches("Score (fisher)"):
+        cotangent = partial(curvature_cotangent, signs=signs[indices.cpu()].to(images.device))
+        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
         total += gradients.double().square().sum(0).cpu()
     return gates.split(0.5 * evidence.reduce(total) / evidence.total)
 
@@ -69,7 +81,9 @@ def taylor(evidence: Evidence) -> Scores:
     gates = evidence.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
     for images, labels, _ in evidence.batches("Score (taylor)"):
-        total += gate_gradients(evidence.trace, evidence.state, gates, images, labels).double().abs().sum(0).cpu()
+        cotangent = partial(label_cotangent, labels=labels)
+        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
+        total += gradients.double().abs().sum(0).cpu()
     return gates.split(evidence.reduce(total) / evidence.total)
 
 
@@ -135,18 +149,6 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "random": random,
 }
-
-
-def _model_labels(evidence: Evidence, images: Tensor, draws: Tensor) -> Tensor:
-    """Labels drawn from the network's softmax by inverting its distribution function at `draws` [N]."""
-    with torch.no_grad():
-        (logits,) = evidence.trace.graph.run(evidence.state, images)
-    cumulative = logits.double().softmax(1).cumsum(1)
-    return (
-        torch.searchsorted(cumulative, draws.double().view(-1, 1).to(cumulative.device))
-        .squeeze(1)
-        .clamp_max(logits.shape[1] - 1)
-    )
 
 
 def _first_images(evidence: Evidence) -> tuple[list[Tensor], list[Tensor], float]:

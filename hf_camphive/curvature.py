@@ -106,13 +106,37 @@ def _gated(x: Tensor, padded: Tensor, index: Tensor, node: fx.Node) -> Tensor:
 
 
 def gate_gradients(
-    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, labels: Tensor
+    trace: Trace,
+    state: Mapping[str, Tensor],
+    gates: GateSpace,
+    images: Tensor,
+    cotangent: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Gate gradient of each image's own cross-entropy, [N, S], in one backward pass without a loop over images."""
+    """g_n = J_n^T z_n for each image, [N, S], in one backward pass without a loop over images.
+
+    J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
+    `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
+    """
     m = torch.ones(len(images), gates.size, dtype=images.dtype, device=images.device, requires_grad=True)
     with torch.enable_grad():
-        loss = F.cross_entropy(gated_logits(trace, state, gates, m, images), labels, reduction="sum")
-        return torch.autograd.grad(loss, m)[0]
+        logits = gated_logits(trace, state, gates, m, images)
+        return torch.autograd.grad(logits, m, cotangent(logits.detach()).to(logits))[0]
+
+
+def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each image's cross-entropy in its logits: p - onehot(label), [N, K]."""
+    return logits.softmax(1) - F.one_hot(labels, logits.shape[1])
+
+
+def curvature_cotangent(logits: Tensor, signs: Tensor) -> Tensor:
+    """z = (diag(sqrt p) - p sqrt(p)^T) s for random signs s [N, K]: E[z z^T] = diag(p) - p p^T, the curvature R.
+
+    Like drawing a label from the model (z = p - onehot(y), Martens 2020, section 5) it gives R in expectation; but where
+    the model is sure, a drawn label is nearly always the same one and says nothing.
+    """
+    p = logits.double().softmax(1)
+    s = p.sqrt() * signs
+    return s - p * s.sum(1, keepdim=True)
 
 
 def hessian_product(

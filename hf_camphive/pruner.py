@@ -99,7 +99,7 @@ class CampHiVePruner:
                 state,
                 calibration.images,
                 calibration.labels,
-                calibration.draws,
+                calibration.indices,
                 calibration.total,
                 self.config,
                 self._reduce,
@@ -237,7 +237,7 @@ class CampHiVePruner:
             return calibration
         accelerator = self.accelerator
         return Calibration.collect(
-            calibration, self.config.seed, accelerator.device, accelerator.process_index, accelerator.num_processes
+            calibration, accelerator.device, accelerator.process_index, accelerator.num_processes
         )
 
     def _trace(self) -> Trace:

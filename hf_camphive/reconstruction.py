@@ -23,8 +23,8 @@ from .plan import PrunePlan
 from .surgery import State, mask_state
 from .tracing import Trace
 
-ROWS_PER_UNKNOWN = 40  # rows of a fit for each of its unknowns, where there are that many
-LEAST_ROWS = 20_000
+ROWS_PER_UNKNOWN = 80  # rows of a fit for each of its unknowns, where there are that many
+LEAST_ROWS = 40_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
 Reduce = Callable[[Tensor], Tensor]
 Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network

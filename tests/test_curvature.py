@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from toys import Chain, ToyResNet, images, randomise
 
 from hf_camphive.curvature import (
+    curvature_cotangent,
     gate_gradients,
     gate_space,
     gated_logits,
     gauss_newton_product,
     hessian_product,
+    label_cotangent,
     lift,
     power_iteration,
     restrict,
@@ -98,8 +100,19 @@ def test_per_image_gate_gradients_equal_a_loop_over_images():
         for a, b in zip(x.split(1), labels.split(1))
     ]
     torch.testing.assert_close(
-        gate_gradients(trace, state, gates, x, labels), torch.stack(loop), rtol=1e-10, atol=1e-12
+        gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels)),
+        torch.stack(loop),
+        rtol=1e-10,
+        atol=1e-12,
     )
+
+
+def test_curvature_cotangents_have_the_covariance_of_the_softmax():
+    """Over all sign patterns, exactly: E[z z^T] = diag(p) - p p^T."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64)
+    z, p = curvature_cotangent(logits.expand(16, 4), signs), logits.softmax(1)[0]
+    torch.testing.assert_close(z.T @ z / 16, torch.diag(p) - torch.outer(p, p), rtol=1e-12, atol=1e-14)
 
 
 def spectrum(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
