@@ -1,4 +1,4 @@
-"""Residual branches: where they close, which convolution can repair an inherited error, which can be dropped whole.
+"""Blocks: which groups are interior, where residual branches close, which convolution can repair an inherited error, which can be dropped whole.
 
 Pure analysis of a traced network; reads no weight.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .graph import Graph, module_of, modules_of, operation
+from .graph import Graph, block_modules, module_of, modules_of, operation
 from .plan import Branch, ChannelGroup
 from .tracing import ELEMENTWISE, Trace
 
@@ -41,9 +41,29 @@ def junctions(graph: Graph) -> tuple[Junction, ...]:
     return tuple(found)
 
 
-def residual_streams(trace: Trace) -> frozenset[str]:
-    """Names of the groups that residual adds run through; all others are interior."""
-    return frozenset().union(*(trace.sums[junction.add.name] for junction in junctions(trace.graph)))
+def exterior_groups(trace: Trace) -> frozenset[str]:
+    """Names of the groups between blocks; all others are interior to one.
+
+    A group is interior when all its layers lie in one block (a module that is no mere container of modules) and no
+    residual add runs through it. Empty for a network without any such group: it has no blocks to tell inside from
+    outside by.
+    """
+    streams = frozenset().union(*(trace.sums[junction.add.name] for junction in junctions(trace.graph)))
+    blocks = block_modules(trace.graph)
+    free = [group for group in trace.groups if not group.frozen]
+    interior = {group.name for group in free if group.name not in streams and _common_module(group) in blocks}
+    return frozenset(group.name for group in free if group.name not in interior) if interior else frozenset()
+
+
+def _common_module(group: ChannelGroup) -> str:
+    """The innermost module that holds all layers of a group; "" for the network itself."""
+    paths = [slot.tensor.split(".")[:-2] for slot in group.slots]  # without the layer's and the tensor's own names
+    common = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def affine_path(junction: Junction) -> list[fx.Node] | None:

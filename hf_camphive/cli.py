@@ -146,7 +146,7 @@ def inspect(arguments: Sequence[str]) -> None:
     """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why."""
     (model,) = _parse("inspect", arguments, ModelArguments)
 
-    from .branches import droppable_branches, residual_streams
+    from .branches import droppable_branches, exterior_groups
     from .graph import named_tensors
     from .report import format_count
     from .tracing import trace_network
@@ -156,11 +156,11 @@ def inspect(arguments: Sequence[str]) -> None:
     sizes = {name: tensor.numel() for name, tensor in named_tensors(base.net).items()}
     macs = {name: count * sizes[name] for name, count in trace.positions.items()}
     parameters = {name: p.numel() for name, p in base.net.named_parameters()}
-    streams = residual_streams(trace)
+    exterior = exterior_groups(trace)
     rows = [("group", "channels", "MACs", "parameters", "")]
     for group in trace.groups:
         touched = {slot.tensor for slot in group.slots}
-        remark = f"frozen: {group.frozen}" if group.frozen else "residual stream" if group.name in streams else ""
+        remark = f"frozen: {group.frozen}" if group.frozen else "between blocks" if group.name in exterior else ""
         rows.append(
             (
                 group.name,

@@ -39,7 +39,7 @@ class CampHiVeConfig:
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
     )
     scope: Literal["interior", "all"] = _option(
-        "interior", "Prune inside residual branches only, or the residual streams too (plain networks: no difference)."
+        "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
     )
     round_to: int = _option(1, "Keep widths that are multiples of this (8 suits most hardware).")
     min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")

@@ -345,7 +345,7 @@ def divide(
         chosen["validation"] = train, np.sort(draw(train, count, _VALIDATION))
         free[train] = np.setdiff1d(free[train], chosen["validation"][1])
     evaluated = pool in (validation, test)
-    count = min(calibration_size, len(free[pool]) // 2) if evaluated else calibration_size
+    count = min(calibration_size, len(free[pool]) * 3 // 5) if evaluated else calibration_size
     chosen["calibration"] = pool, draw(pool, count, _CALIBRATION)
     if evaluated:
         free[pool] = np.setdiff1d(free[pool], chosen["calibration"][1])

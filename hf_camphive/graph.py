@@ -128,3 +128,10 @@ def module_of(node: fx.Node) -> str:
 def modules_of(node: fx.Node) -> tuple[str, ...]:
     """Names of the modules that run this operation, outermost first."""
     return tuple(name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name)
+
+
+def block_modules(graph: Graph) -> frozenset[str]:
+    """Names of all modules that do more than hold others in a row."""
+    stacks = [(node.meta.get("nn_module_stack") or {}).values() for node in graph.operations]
+    kinds = {name: str(kind).rpartition(".")[2] for stack in stacks for name, kind in stack}
+    return frozenset(name for name, kind in kinds.items() if name and kind not in ("Sequential", "ModuleList"))

@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budgeted:
-    """What planning knows of a network: its groups, droppable branches and residual streams, and its weights' MACs.
+    """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its weights' MACs.
 
     MACs per image = sum over weights of positions[weight] * product of shapes[weight].
     """
 
     groups: tuple[ChannelGroup, ...]
     branches: tuple[Branch, ...]
-    streams: frozenset[str]
+    exterior: frozenset[str]
     positions: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -86,7 +86,7 @@ class _Removal:
         self.groups = {
             group.name: group
             for group in network.groups
-            if not group.frozen and (config.scope == "all" or group.name not in network.streams)
+            if not group.frozen and (config.scope == "all" or group.name not in network.exterior)
         }
         if not self.groups:
             raise PlanError(_nothing_to_prune(network.groups))

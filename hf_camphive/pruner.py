@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from . import hub
-from .branches import droppable_branches, residual_streams
+from .branches import droppable_branches, exterior_groups
 from .calibration import Calibration
 from .config import CampHiVeConfig
 from .criteria import CRITERIA, Evidence, Scores
@@ -251,7 +251,7 @@ class CampHiVePruner:
 
     def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return Budgeted(trace.groups, droppable_branches(trace), residual_streams(trace), trace.positions, shapes)
+        return Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
 
     def _target(self, network: Budgeted) -> int:
         """MACs per image after the next cycle: every cycle removes the same share of what is left."""

@@ -23,9 +23,11 @@ from .plan import PrunePlan
 from .surgery import State, mask_state
 from .tracing import Trace
 
-ROWS_PER_UNKNOWN = 80  # rows of a fit for each of its unknowns, where there are that many
-LEAST_ROWS = 40_000
+ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
+LEAST_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
+RIDGE_FACTORS = (1.0, 10.0, 100.0, 1e3, 1e4)
+HELD_OUT = 4  # every so many batches one is held out of a fit to choose its ridge
 Reduce = Callable[[Tensor], Tensor]
 Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
 
@@ -81,7 +83,8 @@ def reconstruct(
                 if fits_in_memory:
                     held[number] = values
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
-                sums.add(*_rows(fit, twins, values, pruned, columns.get(fit.weight), images, generator))
+                rows, errors = _rows(fit, twins, values, pruned, columns.get(fit.weight), images, generator)
+                sums.add(rows, errors, held_out=number % HELD_OUT == HELD_OUT - 1)
             if fits_in_memory:
                 start = stop
             _update(pruned, fit, twins, columns.get(fit.weight), *sums.solve(ridge, reduce))
@@ -171,27 +174,58 @@ class _Twins:
 
 
 class _Sums:
-    """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64."""
+    """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64.
+
+    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen.
+    """
 
     def __init__(self) -> None:
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
+        self.sums: dict[bool, list[Tensor]] = {}
 
-    def add(self, rows: Tensor, errors: Tensor) -> None:
+    def add(self, rows: Tensor, errors: Tensor, held_out: bool) -> None:
         """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
+        sums = self.sums.setdefault(
+            held_out,
+            [
+                torch.zeros(*rows.shape[::2], rows.shape[2], dtype=torch.float64, device=rows.device),
+                torch.zeros(*rows.shape[::2], errors.shape[2], dtype=torch.float64, device=rows.device),
+            ],
+        )
         for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
-            self.gram = self.gram + (some.mT @ some).double()
-            self.cross = self.cross + (some.mT @ rest).double()
+            sums[0] += (some.mT @ some).double()
+            sums[1] += (some.mT @ rest).double()
 
     def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups]."""
-        gram, cross = reduce(self.gram), reduce(self.cross)
-        squares = gram.diagonal(dim1=-2, dim2=-1)[:, :-1]
-        damping = torch.zeros_like(gram[:, 0])
-        damping[:, :-1] = (ridge * squares.mean(dim=1, keepdim=True)).clamp_min(1e-12)
-        damping[:, -1] = (1e-12 * gram[:, -1, -1]).clamp_min(1e-12)
-        solution = torch.linalg.solve(gram + torch.diag_embed(damping), cross).mT
-        return solution[..., :-1], solution[..., -1]
+        """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].
+
+        The smallest ridge is `ridge`; larger ones, up to no change at all, are taken where they leave less of the held
+        out errors, group by group. The weights are then fitted to all batches.
+        """
+        gram, cross = (reduce(total) for total in self.sums[False])
+        if True in self.sums:
+            held_gram, held_cross = (reduce(total) for total in self.sums[True])
+            candidates = [ridge * factor for factor in RIDGE_FACTORS]
+            losses = []
+            for value in candidates:
+                change = _ridge_solution(gram, cross, gram.new_full(gram.shape[:1], value))
+                explained = (change * (held_gram @ change)).sum((1, 2)) - 2 * (change * held_cross).sum((1, 2))
+                losses.append(explained)
+            best = torch.stack([*losses, torch.zeros_like(losses[0])]).argmin(dim=0)
+            chosen = torch.tensor([*candidates, 0.0], dtype=gram.dtype, device=gram.device)[best]
+            solution = _ridge_solution(gram + held_gram, cross + held_cross, chosen)
+            solution[best == len(candidates)] = 0
+        else:
+            solution = _ridge_solution(gram, cross, gram.new_full(gram.shape[:1], ridge))
+        return solution[:, :-1].mT, solution[:, -1]
+
+
+def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
+    """(G + ridge * mean(diag G))^-1 C for each group, [groups, d, C_out / groups]; the constant (last) is not damped."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    damping = torch.empty_like(diagonal)
+    damping[:, :-1] = (ridge[:, None] * diagonal[:, :-1].mean(dim=1, keepdim=True)).clamp_min(1e-12)
+    damping[:, -1] = (1e-12 * diagonal[:, -1]).clamp_min(1e-12)
+    return torch.linalg.solve(gram + torch.diag_embed(damping), cross)
 
 
 def _rows(

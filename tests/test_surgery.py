@@ -7,7 +7,7 @@ import timm
 import torch
 from toys import Chain, ToyResNet, images, randomise, relative_error
 
-from hf_camphive.branches import droppable_branches, residual_streams
+from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import PlanError
 from hf_camphive.graph import named_tensors
@@ -38,7 +38,7 @@ def plan_with(trace: Trace, keep: dict[str, tuple[int, ...]], dropped: tuple[str
 def random_plan(net, trace: Trace, seed: int, share: float, scope: str = "all") -> PrunePlan:
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(net).items()}
-    network = Budgeted(trace.groups, droppable_branches(trace), residual_streams(trace), trace.positions, shapes)
+    network = Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
     # Every fifth group is worth next to nothing, so that some residual branches are emptied.
     scores = {
         g.name: torch.rand(g.size, generator=generator) * (1e-3 if i % 5 == 1 else 1)

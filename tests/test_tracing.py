@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from toys import Block, Chain, ToyResNet, randomise
 
-from hf_camphive.branches import affine_path, droppable_branches, junctions, residual_streams
+from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.errors import ModelError
 from hf_camphive.surgery import check_groups
 from hf_camphive.tracing import trace_network
@@ -43,7 +43,8 @@ def test_groups_of_a_residual_network_are_those_drawn_by_hand():
         *norms("block1.bn1"),
     }
     assert [g.name for g in trace.groups if g.frozen] == ["head"]
-    assert residual_streams(trace) == {"stem", "block2.conv2"}
+    assert exterior_groups(trace) == {"stem", "block2.conv2"}
+    assert exterior_groups(trace_network(Chain().eval(), (3, 8, 8))) == frozenset()
 
 
 def test_every_axis_of_every_weight_is_covered_exactly_once_but_for_the_image():
