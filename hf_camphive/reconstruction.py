@@ -26,7 +26,7 @@ from .tracing import Trace
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 LEAST_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
-RIDGE_FACTORS = (1.0, 10.0, 100.0, 1e3, 1e4)
+RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 HELD_OUT = 4  # every so many batches one is held out of a fit to choose its ridge
 Reduce = Callable[[Tensor], Tensor]
 Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
@@ -220,12 +220,23 @@ class _Sums:
 
 
 def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
-    """(G + ridge * mean(diag G))^-1 C for each group, [groups, d, C_out / groups]; the constant (last) is not damped."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    damping = torch.empty_like(diagonal)
-    damping[:, :-1] = (ridge[:, None] * diagonal[:, :-1].mean(dim=1, keepdim=True)).clamp_min(1e-12)
-    damping[:, -1] = (1e-12 * diagonal[:, -1]).clamp_min(1e-12)
-    return torch.linalg.solve(gram + torch.diag_embed(damping), cross)
+    """Weights and constant [groups, d, C_out / groups] of each group's regression with ridge * mean(diag G) on the weights.
+
+    The constant (last entry of each row) is not damped: rows are centred instead, in float64. A ridge below the rounding
+    of the sums is raised until the matrix is positive definite.
+    """
+    count = gram[:, -1, -1].clamp_min(1e-300)[:, None, None]  # 0 where no constant is fitted
+    mean, total = gram[:, :-1, -1:] / count, cross[:, -1:]
+    centred, targets = gram[:, :-1, :-1] - mean @ mean.mT * count, cross[:, :-1] - mean @ total
+    scale = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(dim=1).clamp_min(1e-12)
+    while True:
+        damping = (ridge * scale)[:, None].expand(centred.shape[:2])
+        factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(damping))
+        if not failed.any():
+            break
+        ridge = torch.where(failed > 0, (10 * ridge).clamp_min(1e-12), ridge)
+    weights = torch.cholesky_solve(targets, factor)
+    return torch.cat([weights, (total - mean.mT @ weights * count) / count], dim=1)
 
 
 def _rows(

@@ -1,5 +1,8 @@
 """Small networks whose channel groups can be drawn by hand, and states that hide nothing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +32,10 @@ class ToyResNet(nn.Module):
 
     def __init__(self, act: type[nn.Module] = nn.SiLU) -> None:
         super().__init__()
-        self.stem, self.bn, self.act = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act()
-        self.block1, self.block2 = Block(6, 5, 6, act), Block(6, 7, 8, act)
-        self.pool, self.flatten, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+        with seeded():
+            self.stem, self.bn, self.act = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act()
+            self.block1, self.block2 = Block(6, 5, 6, act), Block(6, 7, 8, act)
+            self.pool, self.flatten, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block2(self.block1(self.act(self.bn(self.stem(x)))))
@@ -43,12 +47,21 @@ class Chain(nn.Module):
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=groups)
-        self.head = nn.Linear(8 * 4 * 4, 3)
+        with seeded():
+            self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+            self.conv2 = nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=groups)
+            self.head = nn.Linear(8 * 4 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv2(self.conv1(x).relu()).relu().flatten(1))
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Weights drawn inside are the same every time, and nothing outside notices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:

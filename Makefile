@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all that a newcomer needs; both install into .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+DATA ?= ../shared/data
+
+.PHONY: help demo test lint format test-slow test-realdata benchmark clean
+
+help:
+	@echo "make demo           prune the bundled network on handwritten digits (under 3 minutes after install)"
+	@echo "make test           run the test suite (offline, under 10 minutes on 2 cores)"
+	@echo "make lint           check style"
+	@echo "make format         mend style"
+	@echo "make test-slow      tests that take minutes"
+	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
+	@echo "make benchmark      accuracy without training on real data (DATA=$(DATA)); resumable"
+
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,quality]"
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/prune.py --overwrite
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+test-realdata: $(VENV)/.test
+	$(BIN)/python -m pytest -m realdata
+
+benchmark: $(VENV)/.base
+	$(BIN)/python benchmarks/no_training.py --data $(DATA)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
