@@ -52,11 +52,11 @@ JOBS = [
     Job("mobilenetv2_100", 1.5),
     Job("resnet18 (10 classes)", 1.2),
     Job("resnet18 (10 classes)", 1.5),
-    *(Job("cifar_resnet56", fewer) for fewer in (1.5, 2.6, 4.2)),
-    *(Job("cifar_resnet56", 2.1, merge=merge) for merge in ("lstsq", "nearest", "cyclic-ls", "cyclic", "none")),
-    *(Job("cifar_resnet56", 2.1, criterion) for criterion in ("taylor", "magnitude", "random", "hive")),
-    *(Job("mobilenetv2_100", fewer, merge="none") for fewer in (1.2, 1.5)),
+    *(Job("cifar_resnet56", 2.1, criterion) for criterion in ("hive", "magnitude", "taylor", "random")),
+    *(Job("cifar_resnet56", 2.1, merge=merge) for merge in ("none", "cyclic", "lstsq", "nearest", "cyclic-ls")),
+    *(Job("cifar_resnet56", fewer) for fewer in (4.2, 1.5, 2.6)),
     *(Job("cifar_resnet56", 2.1, seed=seed) for seed in (1, 2)),
+    *(Job("mobilenetv2_100", fewer, merge="none") for fewer in (1.2, 1.5)),
 ]
 
 

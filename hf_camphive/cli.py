@@ -3,11 +3,14 @@
 Arguments -> config -> pruner; prints what a user should see. The only file that prints.
 """
 
+import copy
 import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ class ModelArguments:
         BUNDLED_MODEL,
         "Hub id (timm/resnet18.a1_in1k, with @revision if you like), a folder, a network name with --checkpoint, or "
         "digits_resnet, which is bundled.",
-        aliases=["--model_name_or_path"],
+        aliases=["--model_name_or_path", "--model-name-or-path"],
     )
     checkpoint: str | None = _option(None, "Safetensors file with the weights of a timm network that --model names.")
 
@@ -52,7 +55,7 @@ class DataArguments:
         None,
         "Hub id, a folder (parquet, class folders, save_to_disk), or digits, which is bundled. By default digits for "
         "digits_resnet, cifar10 for cifar_* networks, else imagenet-1k.",
-        aliases=["--dataset_name"],
+        aliases=["--dataset_name", "--dataset-name"],
     )
     dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")
     image_column_name: str | None = _option(None, "Image column; found by type if not given.")
@@ -111,12 +114,16 @@ def prune(arguments: Sequence[str]) -> None:
     model, data, run, config = _parse("prune", arguments, ModelArguments, DataArguments, RunArguments, CampHiVeConfig)
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
+    if data.streaming and config.num_train_epochs and not data.max_train_samples:
+        raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
+    if run.dry_run and (run.push_to_hub or run.resume):
+        raise ConfigError("--dry-run only plans: there is nothing to push or to resume; leave that option out")
 
     from .hub import check_output_folder, push_folder
     from .pruner import CampHiVePruner
 
-    output = Path(run.output_dir or f"outputs/{_short(model.model)}-camphive")
-    check_output_folder(output, run.overwrite)
+    output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
+    output = check_output_folder(output, run.overwrite and not run.dry_run)  # a plan would not fit a model found there
     pruner = CampHiVePruner(_load(model), config)
     _log_to_terminal(pruner.accelerator.is_local_main_process)
     pruner.check_budget()
@@ -129,7 +136,8 @@ def prune(arguments: Sequence[str]) -> None:
     if pruner.accelerator.is_main_process and not run.resume:
         shutil.rmtree(work, ignore_errors=True)
     pruner.accelerator.wait_for_everyone()
-    report = pruner.run(loaders, command=_command_line(), work_dir=work, resume=run.resume)
+    with _nothing_left_of_errors(work):
+        report = pruner.run(loaders, command=_command_line(arguments), work_dir=work, resume=run.resume)
     folder = pruner.save_pretrained(output, overwrite=run.overwrite)
     if not pruner.accelerator.is_main_process:
         return
@@ -184,7 +192,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     model, data = _parse("evaluate", arguments, ModelArguments, DataArguments)
 
-    from .report import Stage, footprint, measure_latency, stages_table
+    from .report import Stage, environment, footprint, measure_latency, stages_table
     from .training import evaluate_accuracy, make_accelerator
 
     config = CampHiVeConfig()
@@ -202,7 +210,26 @@ def evaluate(arguments: Sequence[str]) -> None:
     size = tuple(net.pretrained_cfg["input_size"])
     latency = measure_latency({"model": net}, size)["model"]
     if accelerator.is_main_process:
-        print(stages_table([Stage(_short(model.model), footprint(net, size, latency), accuracy)]))
+        stage = Stage(_short(model.model), footprint(net, size, latency), accuracy)
+        print(stages_table([stage], environment(accelerator.device, accelerator.num_processes)))
+
+
+@contextmanager
+def _nothing_left_of_errors(folder: Path) -> Iterator[None]:
+    """Remove a folder, and those above it, made within when that ends in an error that the user can mend.
+
+    What was there before stays, and so does what a killed run, or one with a bug, leaves behind.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except CampHiVeError:
+        if folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in made[1:]:
+            with suppress(OSError):  # not empty, or removed by another process
+                path.rmdir()
+        raise
 
 
 def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
@@ -224,8 +251,24 @@ def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, .
     from transformers import HfArgumentParser
 
     doc = {"prune": prune.__doc__, "inspect": inspect.__doc__, "evaluate": evaluate.__doc__}[command]
-    parser = HfArgumentParser(kinds, prog=f"camphive {command}", description=doc, allow_abbrev=False)
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"camphive {command}",
+        usage=f"camphive {command} [options]",
+        description=doc,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
     return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Shows --one-spelling of an option that may be written --one_spelling as well."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = list(dict.fromkeys(s.replace("_", "-") for s in action.option_strings))
+        return super()._format_action_invocation(shown)
 
 
 def _load(model: ModelArguments) -> Any:
@@ -258,8 +301,11 @@ def _usual_dataset(model: str) -> str:
 
 
 def _log_to_terminal(main_process: bool) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_camphive").setLevel(logging.INFO if main_process else logging.ERROR)
+    disable_progress_bar()  # those of reading and writing a file of some MB
 
 
 def _short(model: str) -> str:
@@ -270,11 +316,17 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _command_line() -> str:
+def _command_line(arguments: Sequence[str]) -> str:
     """How this run was started, without the folders of this machine."""
-    program = Path(sys.argv[0])
-    start = ["python", "scripts/prune.py"] if program.suffix == ".py" else [program.name]
-    return shlex.join([*start, *sys.argv[1:]])
+    start = ["python", "scripts/prune.py"] if Path(sys.argv[0]).name == "prune.py" else ["camphive", "prune"]
+    return shlex.join([*start, *map(_without_folders, arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    from .report import published
+
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{published(value)}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -16,8 +16,8 @@ CONFIG_FILE = "camphive_config.json"
 SCHEMA = 1
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class CampHiVeConfig:
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
 
     # Finetuning
-    num_train_epochs: float = _option(3.0, "Epochs of finetuning after the last cycle; 0 skips it.")
+    num_train_epochs: float = _option(
+        3.0, "Epochs of finetuning after the last cycle; 0 skips it.", aliases=["--epochs"]
+    )
     learning_rate: float = _option(0.005, "Peak learning rate.")
     weight_decay: float = _option(5e-4, "Weight decay of weights with two or more axes.")
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "SGD with Nesterov momentum 0.9, or AdamW.")
@@ -89,6 +91,7 @@ class CampHiVeConfig:
         for name in ("warmup_ratio", "label_smoothing", "distillation"):
             value = getattr(self, name)
             _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
+        _require(self.seed < 2**32, f"seed is {self.seed}; it must be below 2^32")
         _require(self.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
         _require(
@@ -104,6 +107,7 @@ class CampHiVeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CampHiVeConfig":
         """Rebuild a config; raises `ConfigError` on keys it does not know or a schema newer than its own."""
+        _require(isinstance(values, dict), f"a config is a table of keys and values, not {values!r}; see to_dict")
         values = dict(values)
         schema = values.pop("schema", SCHEMA)
         _require(

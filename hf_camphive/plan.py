@@ -149,7 +149,7 @@ class PrunePlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PrunePlan":
-        """Rebuild a plan; raises `PlanError` where a key is missing or unknown, or a value does not fit."""
+        """Rebuild a plan; raises `PlanError` where a key is missing or a value does not fit."""
         try:
             return cls(
                 groups=tuple(
@@ -176,10 +176,13 @@ class PrunePlan:
                 dropped=tuple(values["dropped"]),
                 **{key: values[key] for key in ("criterion", "merge", "macs_before", "macs_after")},
             )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"this is no plan of hf_camphive: {type(error).__name__} {error}") from error
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"this is no plan of hf_camphive ({type(error).__name__}: {error}); restore {PLAN_FILE} from the run "
+                "that wrote it"
+            ) from error
 
     def summary(self) -> str:
         """The plan as a table: one row a group that is cut, then what is dropped and what is frozen."""
@@ -228,10 +231,17 @@ def plans_from_json(text: str) -> tuple[PrunePlan, ...]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise PlanError(f"the plan is not valid JSON: {error}") from error
+        raise PlanError(
+            f"the plan is not valid JSON ({error}); restore {PLAN_FILE} from the run that wrote it"
+        ) from error
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         raise PlanError(f"this is no plan of schema {SCHEMA}; install the version of hf_camphive that wrote it")
-    return tuple(PrunePlan.from_dict(cycle) for cycle in values["cycles"])
+    cycles = values.get("cycles")
+    if not isinstance(cycles, list):
+        raise PlanError(
+            f"this is no plan of hf_camphive: it has no cycles; restore {PLAN_FILE} from the run that wrote it"
+        )
+    return tuple(PrunePlan.from_dict(cycle) for cycle in cycles)
 
 
 def encode_runs(numbers: Iterable[int]) -> str:

@@ -32,7 +32,7 @@ from .models import BaseModel, load_base, replace_head
 from .plan import PrunePlan
 from .planning import Budgeted, make_plan, smallest_macs
 from .plots import draw_plots
-from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency
+from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
 from .resume import Progress, load_progress, save_progress, training_folder
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
@@ -158,7 +158,7 @@ class CampHiVePruner:
         set_seed(self.config.seed)
         if resume and work:
             self._restore(work, loaders)
-        else:
+        if not self.plans:
             self.check_budget()
         loader, split = loaders.evaluation
         if "dense" not in self.stages:
@@ -167,7 +167,7 @@ class CampHiVePruner:
         if len(self.plans) < self.config.cycles:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)
-        while len(self.plans) < self.config.cycles:
+        while len(self.plans) < self.config.cycles and not self._budget_met():
             plan = self.plan(calibration)
             logger.info("Cycle %d of %d:\n%s", len(self.plans) + 1, self.config.cycles, plan.summary())
             self.apply(plan, calibration)
@@ -212,10 +212,10 @@ class CampHiVePruner:
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str | None:
         """Save and upload in one commit; returns the repo's address (None on all processes but the main one)."""
-        if not self.accelerator.is_main_process:
-            return None
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary, repo_id.split("/")[-1]))
+            if not self.accelerator.is_main_process:
+                return None
             return hub.push_folder(folder, repo_id, private=private, token=token)
 
     # What the steps share
@@ -253,10 +253,18 @@ class CampHiVePruner:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         return Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
 
+    def _budget(self, dense: int) -> float:
+        """MACs per image asked for, of a network that has `dense`."""
+        return self.config.target_macs * dense if self.config.target_macs <= 1 else self.config.target_macs
+
+    def _budget_met(self) -> bool:
+        """Whether earlier cycles left nothing to do: a branch that goes whole may save more than was asked for."""
+        return bool(self.plans) and self.plans[-1].macs_after <= self._budget(self.plans[0].macs_before)
+
     def _target(self, network: Budgeted) -> int:
         """MACs per image after the next cycle: every cycle removes the same share of what is left."""
         dense = self.plans[0].macs_before if self.plans else network.macs
-        asked = self.config.target_macs * dense if self.config.target_macs <= 1 else self.config.target_macs
+        asked = self._budget(dense)
         least = smallest_macs(network, self.config)
         if asked >= dense:
             raise PlanError(
@@ -268,10 +276,8 @@ class CampHiVePruner:
                 f"allow, {least:,} ({least / dense:.1%}); raise target_macs"
                 + (", or set scope to all" if self.config.scope == "interior" else "")
             )
-        cycle = len(self.plans) + 1
-        return (
-            int(dense * (asked / dense) ** (cycle / self.config.cycles)) if cycle < self.config.cycles else int(asked)
-        )
+        to_go = max(1, self.config.cycles - len(self.plans))
+        return int(asked) if to_go == 1 else int(network.macs * (asked / network.macs) ** (1 / to_go))
 
     def _fit_head(self, loaders: Loaders) -> None:
         """Replace and train the classifier where the dataset has other classes than the network."""
@@ -337,11 +343,11 @@ class CampHiVePruner:
         stages = {**dict.fromkeys(nets), **self.stages}
         info = loaders.info if loaders else None
         return PruneReport(
-            model_id=self.base.model_id,
+            model_id=published(self.base.model_id),
             revision=self.base.revision,
             architecture=self.base.architecture,
             license=self.base.license,
-            dataset_id=info.dataset_id if info else "not given",
+            dataset_id=published(info.dataset_id) if info else "not given",
             dataset_revision=info.revision if info else None,
             splits=dict(info.splits) if info else {},
             rows=dict(info.rows) if info else {},
@@ -362,14 +368,20 @@ class CampHiVePruner:
         )
 
     def _group_rows(self) -> tuple[GroupRow, ...]:
-        """Width of every group before the first cycle and after the last."""
+        """Width of every group before the first cycle and after the last.
+
+        A group is named after its first layer; where that one went with its branch, what is left has another name.
+        """
         if not self.plans:
             return ()
-        last = self.plans[-1].keep
-        return tuple(
-            GroupRow(group.name, group.size, len(last.get(group.name, ())), group.frozen)
-            for group in self.plans[0].groups
-        )
+        last = self.plans[-1]
+        at = {(slot.tensor, slot.axis): group.name for group in last.groups for slot in group.slots}
+        rows = []
+        for group in self.plans[0].groups:
+            names = [group.name, *(at.get((slot.tensor, slot.axis)) for slot in group.slots)]
+            kept = next((last.keep[name] for name in names if name in last.keep), ())
+            rows.append(GroupRow(group.name, group.size, len(kept), group.frozen))
+        return tuple(rows)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

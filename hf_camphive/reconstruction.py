@@ -74,7 +74,7 @@ def reconstruct(
         for stop in tqdm(twins.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
             fit = twins.fits[twins.order[stop][1]]
             constants = (trace.graph.bind(state), trace.graph.bind(pruned))
-            sums = _Sums()
+            sums = _sums_for(fit, pruned[fit.weight], columns.get(fit.weight))
             fits_in_memory = None
             for number, earlier in enumerate(held):
                 values = twins.advance(earlier, constants, start, stop)
@@ -179,21 +179,16 @@ class _Sums:
     Some batches are held out, to choose the ridge by what helps on images that the fit has not seen.
     """
 
-    def __init__(self) -> None:
-        self.sums: dict[bool, list[Tensor]] = {}
+    def __init__(self, groups: int, unknowns: int, outputs: int, device: torch.device | str = "cpu") -> None:
+        shape = (2, groups, unknowns, unknowns + outputs)  # fitted and held out; X^T [X, E]
+        self.products = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor, errors: Tensor, held_out: bool) -> None:
         """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
-        sums = self.sums.setdefault(
-            held_out,
-            [
-                torch.zeros(*rows.shape[::2], rows.shape[2], dtype=torch.float64, device=rows.device),
-                torch.zeros(*rows.shape[::2], errors.shape[2], dtype=torch.float64, device=rows.device),
-            ],
-        )
+        self.rows[int(held_out)] += rows.shape[1]
         for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
-            sums[0] += (some.mT @ some).double()
-            sums[1] += (some.mT @ rest).double()
+            self.products[int(held_out)] += (some.mT @ torch.cat([some, rest], dim=2)).double()
 
     def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
         """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].
@@ -201,21 +196,20 @@ class _Sums:
         The smallest ridge is `ridge`; larger ones, up to no change at all, are taken where they leave less of the held
         out errors, group by group. The weights are then fitted to all batches.
         """
-        gram, cross = (reduce(total) for total in self.sums[False])
-        if True in self.sums:
-            held_gram, held_cross = (reduce(total) for total in self.sums[True])
-            candidates = [ridge * factor for factor in RIDGE_FACTORS]
-            losses = []
-            for value in candidates:
-                change = _ridge_solution(gram, cross, gram.new_full(gram.shape[:1], value))
-                explained = (change * (held_gram @ change)).sum((1, 2)) - 2 * (change * held_cross).sum((1, 2))
-                losses.append(explained)
-            best = torch.stack([*losses, torch.zeros_like(losses[0])]).argmin(dim=0)
-            chosen = torch.tensor([*candidates, 0.0], dtype=gram.dtype, device=gram.device)[best]
-            solution = _ridge_solution(gram + held_gram, cross + held_cross, chosen)
-            solution[best == len(candidates)] = 0
+        unknowns = self.products.shape[2]
+        grams, crosses = reduce(self.products).split([unknowns, self.products.shape[3] - unknowns], dim=3)
+        candidates = [ridge * factor for factor in RIDGE_FACTORS] if reduce(self.rows).all() else []
+        losses = []
+        for value in candidates:
+            change = _ridge_solution(grams[0], crosses[0], grams.new_full(grams.shape[1:2], value))
+            losses.append((change * (grams[1] @ change)).sum((1, 2)) - 2 * (change * crosses[1]).sum((1, 2)))
+        if not candidates:
+            solution = _ridge_solution(grams.sum(0), crosses.sum(0), grams.new_full(grams.shape[1:2], ridge))
         else:
-            solution = _ridge_solution(gram, cross, gram.new_full(gram.shape[:1], ridge))
+            best = torch.stack([*losses, torch.zeros_like(losses[0])]).argmin(dim=0)
+            chosen = grams.new_tensor([*candidates, ridge])[best]
+            solution = _ridge_solution(grams.sum(0), crosses.sum(0), chosen)
+            solution[best == len(candidates)] = 0
         return solution[:, :-1].mT, solution[:, -1]
 
 
@@ -239,6 +233,12 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     return torch.cat([weights, (total - mean.mT @ weights * count) / count], dim=1)
 
 
+def _sums_for(fit: Fit, weight: Tensor, columns: Tensor | None) -> _Sums:
+    groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
+    kept = weight.shape[1] if columns is None else len(columns)
+    return _Sums(groups, kept * prod(weight.shape[2:]) + 1, weight.shape[0] // groups, weight.device)
+
+
 def _rows(
     fit: Fit,
     twins: _Twins,
@@ -258,15 +258,13 @@ def _rows(
     target = _at(target, picks)
     for norm in reversed(fit.path):
         target = _before_norm(target, norm, twins.tensors, pruned)
-    if fit.junction:  # a channel that the norms silence has no say: leave it as it was
-        silent = _silent(fit, twins.tensors, pruned)
-        target[:, silent] = _at(compute(fit.node, {**twins.graph.bind(pruned), fit.node.args[0]: x}), picks)[:, silent]
     patches = _patches(x, fit.node, weight, picks)
     groups = patches.shape[0]
     output = torch.einsum("gnd,god->gno", patches, weight.reshape(groups, -1, patches.shape[2]))
     if (bias := _argument(fit.node, 2)) is not None:
         output = output + pruned[twins.tensors[bias]].view(groups, 1, -1)
     errors = target.view(len(target), groups, -1).transpose(0, 1) - output
+    errors *= ~_silent(fit, twins.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
     if columns is not None:
         patches = patches.view(groups, len(target), weight.shape[1], -1)[:, :, columns].flatten(2)
     carried = constant_carrier(fit.node, twins.tensors) is not None
@@ -350,11 +348,12 @@ def _norm_values(norm: fx.Node, tensors: Mapping[fx.Node, str], state: Mapping[s
 
 def _silent(fit: Fit, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> Tensor:
     """Output channels whose way to the residual add is scaled by (almost) nothing, as booleans [C]."""
-    silent = torch.zeros(state[fit.weight].shape[0], dtype=torch.bool)
+    weight = state[fit.weight]
+    silent = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     for norm in fit.path:
         if operation(norm) == "batch_norm":
             scale = _norm_values(norm, tensors, state)[0].abs()
-            silent |= (scale < 1e-4 * scale.median().clamp_min(1e-12)).cpu()
+            silent |= scale < 1e-4 * scale.median().clamp_min(1e-12)
     return silent
 
 

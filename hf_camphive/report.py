@@ -151,69 +151,38 @@ class PruneReport:
         return cls.from_dict(values)
 
     def table(self) -> str:
-        """The stages side by side, at most 100 columns; the last column compares the last with the first."""
-        rows = [["", *(stage.name for stage in self.stages)]]
-        changes = ["change"]
-        for label, value, show, compare in self._quantities():
-            values = [value(stage) for stage in self.stages]
-            rows.append([label, *(NOT_MEASURED if v is None else show(v) for v in values)])
-            changes.append("" if values[0] is None or values[-1] is None else compare(values[0], values[-1]))
-        if len(self.stages) > 1:
-            rows = [[*row, change] for row, change in zip(rows, changes)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
-            for row in rows
-        ]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        """A title, then `stages_table`."""
         size = "x".join(str(n) for n in self.input_size)
         title = _wrap(f"{self.model_id} on {self.dataset_id}, images of {size}")
-        return "\n".join([*title, "", lines[0], rule, *lines[1:], rule, *self._table_notes()])
+        return "\n".join([*title, "", stages_table(self.stages, self.environment)])
 
     def batch_sizes(self) -> list[int]:
         """Batch sizes whose latency was measured at any stage."""
-        return sorted({batch for stage in self.stages for batch in stage.footprint.latency_ms})
+        return _batch_sizes(self.stages)
 
-    def _quantities(self) -> list[tuple[str, Callable, Callable, Callable]]:
-        """One row of the table each: label, value of a stage (or None), its text, the text of a change."""
 
-        def accuracy(key: str) -> Callable[[Stage], float | None]:
-            return lambda stage: None if stage.accuracy is None else getattr(stage.accuracy, key)
+def stages_table(stages: Sequence[Stage], environment: Mapping[str, str]) -> str:
+    """The stages side by side, at most 100 columns; the last column compares the last with the first."""
+    rows = [["", *(stage.name for stage in stages)]]
+    changes = ["change"]
+    for label, value, show, compare in _quantities(stages):
+        values = [value(stage) for stage in stages]
+        rows.append([label, *(NOT_MEASURED if v is None else show(v) for v in values)])
+        changes.append("" if values[0] is None or values[-1] is None else compare(values[0], values[-1]))
+    if len(stages) > 1:
+        rows = [[*row, change] for row, change in zip(rows, changes)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:], rule, *_table_notes(stages, environment)])
 
-        def latency(batch: int) -> Callable[[Stage], float | None]:
-            return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)
 
-        batches = [
-            (f"latency, batch {batch}", latency(batch), format_ms, _ratio("faster", "slower"))
-            for batch in self.batch_sizes()
-        ]
-        return [
-            ("top-1", accuracy("top1"), format_share, _points),
-            ("top-5", accuracy("top5"), format_share, _points),
-            ("MACs per image", lambda stage: stage.footprint.macs, format_count, _ratio("fewer", "more")),
-            ("parameters", lambda stage: stage.footprint.parameters, format_count, _ratio("fewer", "more")),
-            *(batches or [("latency", lambda stage: None, format_ms, _points)]),
-            ("file size", lambda stage: stage.footprint.file_bytes, format_bytes, _ratio("smaller", "larger")),
-        ]
-
-    def _table_notes(self) -> list[str]:
-        notes = []
-        measured = [stage for stage in self.stages if stage.accuracy is not None]
-        if measured:
-            sets = {(stage.accuracy.images, stage.accuracy.split) for stage in measured}
-            said = [f"{images:,} images of {split!r}" for images, split in sorted(sets)]
-            last = measured[-1].accuracy
-            error = 100 * math.sqrt(last.top1 * (1 - last.top1) / last.images)
-            notes.append(f"Accuracy on {' and '.join(said)}; standard error of top-1: {error:.2g} points.")
-        runs = [latency.runs for stage in self.stages for latency in stage.footprint.latency_ms.values()]
-        if runs:
-            count = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-            where = [self.environment[key] for key in ("device", "threads") if key in self.environment]
-            threads = f"{where[1]} threads" if len(where) == 2 else ""
-            place = ", ".join(part for part in (where[0] if where else "", threads) if part)
-            notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
-        notes.append("1 MAC = 2 FLOPs; 1 MB = 10^6 bytes.")
-        return [line for note in notes for line in _wrap(note)]
+def published(name: str) -> str:
+    """A model's or dataset's name as a report gives it: of an absolute path the last part, as reports are published."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -300,6 +269,53 @@ def format_bytes(size: float) -> str:
 def format_ms(milliseconds: float) -> str:
     """71.23 -> "71.2 ms"."""
     return f"{_digits(milliseconds, 3)} ms"
+
+
+def _batch_sizes(stages: Sequence[Stage]) -> list[int]:
+    return sorted({batch for stage in stages for batch in stage.footprint.latency_ms})
+
+
+def _quantities(stages: Sequence[Stage]) -> list[tuple[str, Callable, Callable, Callable]]:
+    """One row of the table each: label, value of a stage (or None), its text, the text of a change."""
+
+    def accuracy(key: str) -> Callable[[Stage], float | None]:
+        return lambda stage: None if stage.accuracy is None else getattr(stage.accuracy, key)
+
+    def latency(batch: int) -> Callable[[Stage], float | None]:
+        return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)
+
+    batches = [
+        (f"latency, batch {batch}", latency(batch), format_ms, _ratio("faster", "slower"))
+        for batch in _batch_sizes(stages)
+    ]
+    return [
+        ("top-1", accuracy("top1"), format_share, _points),
+        ("top-5", accuracy("top5"), format_share, _points),
+        ("MACs per image", lambda stage: stage.footprint.macs, format_count, _ratio("fewer", "more")),
+        ("parameters", lambda stage: stage.footprint.parameters, format_count, _ratio("fewer", "more")),
+        *(batches or [("latency", lambda stage: None, format_ms, _points)]),
+        ("file size", lambda stage: stage.footprint.file_bytes, format_bytes, _ratio("smaller", "larger")),
+    ]
+
+
+def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> list[str]:
+    notes = []
+    measured = [stage for stage in stages if stage.accuracy is not None]
+    if measured:
+        sets = {(stage.accuracy.images, stage.accuracy.split) for stage in measured}
+        said = [f"{images:,} images of {split!r}" for images, split in sorted(sets)]
+        last = measured[-1].accuracy
+        error = 100 * math.sqrt(last.top1 * (1 - last.top1) / last.images)
+        notes.append(f"Accuracy on {' and '.join(said)}; standard error of top-1: {error:.2g} points.")
+    runs = [latency.runs for stage in stages for latency in stage.footprint.latency_ms.values()]
+    if runs:
+        count = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+        where = [environment[key] for key in ("device", "threads") if key in environment]
+        threads = f"{where[1]} threads" if len(where) == 2 else ""
+        place = ", ".join(part for part in (where[0] if where else "", threads) if part)
+        notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
+    notes.append("1 MAC = 2 FLOPs; 1 MB = 10^6 bytes.")
+    return [line for note in notes for line in _wrap(note)]
 
 
 def _time_rounds(

@@ -14,7 +14,7 @@ from .config import CampHiVeConfig
 from .errors import ConfigError, ModelError
 from .models import BaseModel, load_base
 from .plan import PrunePlan
-from .report import REPORT_FILE, PruneReport
+from .report import REPORT_FILE, PruneReport, published
 
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
 
@@ -58,8 +58,8 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset
     changes = [
         f"{name}: {old!r} then, {new!r} now"
         for name, old, new in (
-            ("model", report.model_id, model_id),
-            ("dataset", report.dataset_id, dataset_id),
+            ("model", report.model_id, published(model_id)),
+            ("dataset", report.dataset_id, published(dataset_id)),
             *((key, value, config.to_dict()[key]) for key, value in saved.to_dict().items()),
         )
         if old != new

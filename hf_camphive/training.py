@@ -38,7 +38,7 @@ from tqdm import tqdm
 from .config import CampHiVeConfig
 from .errors import ConfigError, DataError, TrainingError
 from .metrics import TopK
-from .report import Accuracy
+from .report import Accuracy, format_ms, format_share
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class EpochLog:
     learning_rate: float
     validation_top1: float | None
     seconds: float
+
+    def __str__(self) -> str:
+        top1 = "" if self.validation_top1 is None else f", validation top-1 {format_share(self.validation_top1)}"
+        return f"loss {self.loss:.3g}{top1}, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,12 @@ def choose_precision(net: nn.Module, batch: Batch, device: torch.device) -> tupl
         rounds = [[_step_seconds(probe, batch, precision) for precision in precisions] for _ in range(PROBE_STEPS)]
         best = {precision: min(times) for precision, times in zip(precisions, zip(*rounds))}
     choice: Precision = "bf16" if best["bf16"] < WORTHWHILE * best["no"] else "no"
-    logger.info("A training step of %d images takes %s; using %s", len(batch["labels"]), best, choice)
+    logger.info(
+        "A training step of %d images takes %s in fp32, %s in bf16; using %s",
+        len(batch["labels"]),
+        *(format_ms(1000 * best[precision]) for precision in precisions),
+        "fp32" if choice == "no" else choice,
+    )
     return choice, best
 
 
@@ -480,7 +489,7 @@ class _Job:
             top1 = found.top1
         epoch = round(self.steps / self.steps_per_epoch, 4)
         self.epochs.append(EpochLog(epoch, loss, rate, top1, time.perf_counter() - began))
-        logger.info("%s: %s", self.run.description, self.epochs[-1])
+        logger.info("%s, epoch %g of %g: %s", self.run.description, epoch, self.run.epochs, self.epochs[-1])
 
     def _train_epoch(self) -> tuple[float, float]:
         number = len(self.epochs) + 1

@@ -1,0 +1,523 @@
+"""Whole runs on the bundled network: what a report says is true, chance is seeded, and a kill changes nothing."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import hf_camphive
+from hf_camphive import hub, pruner, training
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.criteria import CRITERIA
+from hf_camphive.data import load_loaders
+from hf_camphive.errors import ConfigError, DataError, ModelError, OutputError, PlanError
+from hf_camphive.merging import MERGE_RULES
+from hf_camphive.models import load_base
+from hf_camphive.plan import PLAN_FILE, plans_from_json
+from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, count_parameters, measure_latency
+from hf_camphive.training import evaluate_accuracy
+
+CONFIG = CampHiVeConfig(calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=32)
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process: not an error that anything catches."""
+
+
+@pytest.fixture(autouse=True)
+def brief_latency(monkeypatch):
+    monkeypatch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+
+
+def digits(net, config=CONFIG):
+    return load_loaders("digits", net, config, workers=0, max_train_samples=256, max_eval_samples=100)
+
+
+def pruned(config=CONFIG, model="digits_resnet", **options) -> CampHiVePruner:
+    """A pruner that has run."""
+    job = CampHiVePruner(model, config)
+    job.run(digits(job.base.net, config), **options)
+    return job
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory) -> tuple[CampHiVePruner, Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        job = pruned(replace(CONFIG, num_train_epochs=1), command="camphive prune")
+        return job, job.save_pretrained(tmp_path_factory.mktemp("pruner") / "saved")
+
+
+def test_the_report_is_true(finetuned):
+    job, folder = finetuned
+    report = PruneReport.from_json((folder / REPORT_FILE).read_text())
+    assert report == job.report
+    assert [stage.name for stage in report.stages] == ["dense", "pruned", "finetuned"]
+    dense, _, final = report.stages
+    net = hf_camphive.from_pretrained(folder).timm_model
+    loader, split = digits(net).evaluation
+    assert evaluate_accuracy(net, loader, job.accelerator, split) == final.accuracy
+    before = load_base("digits_resnet").net
+    assert evaluate_accuracy(before, loader, job.accelerator, split) == dense.accuracy
+    for stage, network in ((dense, before), (final, net)):
+        assert stage.footprint.macs == count_macs(network, (3, 16, 16))
+        assert stage.footprint.parameters == count_parameters(network)
+    (plan,) = job.plans
+    assert (plan.macs_before, plan.macs_after) == (dense.footprint.macs, final.footprint.macs)
+    assert 0.48 < plan.macs_after / plan.macs_before <= 0.5
+    assert (folder / "model.safetensors").stat().st_size == pytest.approx(final.footprint.file_bytes, rel=0.02)
+    assert report.finetune["steps"] == 2 and len(report.finetune["epochs"]) == 1
+    assert dict(report.rows) == {"calibration": 64, "train": 256, "validation": 100, "test": 100}
+    assert final.accuracy.images == 100 and split == "100 of 300 rows of test"
+    for row in report.groups:
+        shape = dict(net.named_parameters()).get(f"{row.name}.weight")
+        assert row.kept == (0 if shape is None else len(shape)), row
+    assert report.command == "camphive prune" and report.config == json.loads(json.dumps(vars(job.config)))
+
+
+def test_the_saved_network_is_the_one_in_memory(finetuned):
+    job, folder = finetuned
+    assert same_weights(load_base(str(folder)).net, job.net)
+    assert plans_from_json((folder / PLAN_FILE).read_text()) == tuple(job.plans)
+    assert CampHiVeConfig.from_pretrained(folder) == job.config
+    images = next(iter(digits(job.base.net).calibration))["pixel_values"]
+    with torch.no_grad():
+        logits = hf_camphive.from_pretrained(folder)(images).logits
+        assert torch.allclose(logits, job.net(images), atol=1e-5)
+
+
+def test_finetuning_starts_from_the_pruned_network(finetuned):
+    job, _ = finetuned
+    assert not same_weights(pruned().net, job.net)
+    assert pruned().plans == job.plans
+
+
+@pytest.mark.parametrize("changes", [{}, {"criterion": "random"}, {"num_train_epochs": 1}], ids=str)
+def test_the_same_seed_gives_the_same_network(changes):
+    config = replace(CONFIG, **changes)
+    first = pruned(config)
+    torch.manual_seed(12345)  # what others drew before must not matter
+    np.random.seed(54321)
+    second = pruned(config)
+    assert first.plans == second.plans
+    assert same_weights(first.net, second.net)
+
+
+def test_another_seed_gives_another_plan():
+    config = replace(CONFIG, criterion="random", merge="none")
+    assert pruned(config).plans != pruned(replace(config, seed=1)).plans
+
+
+def test_cycles_meet_the_same_budget():
+    job = pruned(replace(CONFIG, cycles=3))
+    shares = [plan.macs_after / job.plans[0].macs_before for plan in job.plans]
+    for share, asked in zip(shares, (0.5 ** (1 / 3), 0.5 ** (2 / 3), 0.5), strict=True):
+        assert asked - 0.02 < share <= asked + 1e-3
+    assert shares[-1] <= 0.5
+    assert [plan.macs_before for plan in job.plans[1:]] == [plan.macs_after for plan in job.plans[:-1]]
+    assert count_macs(job.net, (3, 16, 16)) == job.plans[-1].macs_after
+
+
+def test_a_budget_in_macs_is_that_many():
+    job = pruned(replace(CONFIG, target_macs=6_000_000, criterion="magnitude", merge="none"))
+    assert 5_800_000 < job.plans[-1].macs_after <= 6_000_000
+
+
+def test_cycles_that_overshoot_leave_the_rest_less_to_do():
+    # Steps of 64 channels empty a branch of the last stage at once, which saves more than a cycle's share.
+    config = replace(CONFIG, cycles=12, round_to=64, scope="interior", criterion="magnitude", merge="none")
+    job = pruned(config)
+    assert 1 < len(job.plans) <= 12
+    assert job.plans[-1].macs_after <= 0.5 * job.plans[0].macs_before
+    assert job.report.stages[-1].footprint.macs == job.plans[-1].macs_after
+
+
+def test_a_group_that_loses_its_first_layer_keeps_its_row():
+    # layer2.0.conv2 names the stream of layer2; once that branch is gone, the stream goes by the name of its shortcut.
+    job = CampHiVePruner("digits_resnet", replace(CONFIG, scope="all", criterion="magnitude", merge="none"))
+    calibration = list(digits(job.base.net).calibration)
+    plan = job.plan(calibration)
+    inner, stream = "layer2.0.conv1", "layer2.0.conv2"
+    cut = {c.group: c for c in plan.cuts} | {inner: hf_camphive.plan.ChannelCut(inner, ())}
+    job.apply(replace(plan, cuts=tuple(cut.values()), dropped=("layer2.0",)), calibration)
+    job.apply(job.plan_for(0.8) if hasattr(job, "plan_for") else _second_plan(job, calibration), calibration)
+    rows = {row.name: row for row in job._report(None, "", latency=False).groups}
+    assert rows[inner].kept == 0
+    assert rows[stream].kept == len(job.net.layer2[1].conv2.weight) > 0
+
+
+def _second_plan(job, calibration):
+    job.config = replace(job.config, target_macs=0.3)
+    return job.plan(calibration)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_prunes(criterion):
+    job = pruned(replace(CONFIG, criterion=criterion, merge="none", num_eigenpairs=2, power_steps=3))
+    assert job.plans[0].criterion == criterion
+    assert job.scores.keys() >= {cut.group for cut in job.plans[0].cuts}
+    assert count_macs(job.net, (3, 16, 16)) == job.plans[0].macs_after
+
+
+@pytest.mark.parametrize("merge", MERGE_RULES)
+def test_every_merge_rule_prunes(merge):
+    job = pruned(replace(CONFIG, merge=merge, target_macs=0.7))
+    assert bool(job.plans[0].cuts[0].pairs) == MERGE_RULES[merge].pairs
+    assert job.stages["pruned"].top1 > 0.3  # chance is 0.1
+
+
+def test_every_criterion_and_rule_of_the_config_exists():
+    fields = CampHiVeConfig.__dataclass_fields__
+    assert set(fields["criterion"].type.__args__) == CRITERIA.keys()
+    assert set(fields["merge"].type.__args__) == MERGE_RULES.keys()
+
+
+def test_the_given_network_is_never_changed():
+    net = load_base("digits_resnet").net
+    before = copy.deepcopy(net)
+    job = pruned(replace(CONFIG, num_train_epochs=1), model=net)
+    assert same_weights(net, before) and not net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert same_weights(job.dense, before)
+    assert job.report.model_id == "digits_resnet"
+
+
+def test_plan_touches_no_weight_and_apply_follows_it():
+    job = CampHiVePruner("digits_resnet", CONFIG)
+    before = copy.deepcopy(job.net)
+    plan = job.plan(digits(job.base.net).calibration)
+    assert same_weights(job.net, before) and job.plans == []
+    again = plans_from_json(json.dumps({"schema": 1, "cycles": [plan.to_dict()]}))[0]
+    net = job.apply(again, digits(job.base.net).calibration)
+    assert net is job.net and job.plans == [plan]
+    for cut in plan.cuts:
+        assert len(net.get_parameter(f"{cut.group}.weight")) == len(cut.keep)
+
+
+def test_a_plan_for_another_network_is_refused():
+    plan = CampHiVePruner("digits_resnet", replace(CONFIG, criterion="magnitude")).plan(digits_calibration())
+    other = CampHiVePruner(timm.create_model("cifar_resnet20"), CONFIG)
+    before = copy.deepcopy(other.net)
+    with pytest.raises(PlanError, match="made for another network.*call plan again"):
+        other.apply(plan, digits_calibration())
+    assert same_weights(other.net, before) and other.plans == []
+    job = CampHiVePruner("digits_resnet", CONFIG)
+    job.apply(plan, digits_calibration())
+    with pytest.raises(PlanError, match="made for another network"):
+        job.apply(plan, digits_calibration())
+
+
+def digits_calibration():
+    return digits(load_base("digits_resnet").net).calibration
+
+
+def test_apply_without_images_says_why_it_needs_them():
+    job = CampHiVePruner("digits_resnet", replace(CONFIG, criterion="magnitude"))
+    plan = job.plan(digits_calibration())
+    with pytest.raises(ConfigError, match="'reconstruct' looks at images; pass the calibration loader"):
+        job.apply(plan)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "empty"),
+        ([{"image": torch.zeros(1, 3, 16, 16)}], "without 'pixel_values'"),
+        ([torch.zeros(1)], "pixel_values"),
+    ],
+)
+def test_calibration_that_cannot_serve(batches, message):
+    with pytest.raises(DataError, match=message):
+        CampHiVePruner("digits_resnet", CONFIG).plan(batches)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (0.001, r"below the smallest that the floors allow, [\d,]+ \(\d+\.\d%\); raise target_macs, or set scope to all"),
+        (1.0, "no less than the network's 10,203,776; lower it"),
+        (20_000_000, "no less than the network's"),
+    ],
+)
+def test_budgets_out_of_reach_are_refused_before_any_work(target, message, monkeypatch):
+    job = CampHiVePruner("digits_resnet", replace(CONFIG, target_macs=target))
+    monkeypatch.setattr(pruner, "evaluate_accuracy", lambda *a: pytest.fail("evaluated first"))
+    with pytest.raises(PlanError, match=message):
+        job.run(digits(job.base.net))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), 3, None])
+def test_what_is_no_timm_network_is_refused(model):
+    with pytest.raises(ModelError, match=r"cannot prune a \w+; give a network of timm\.create_model"):
+        CampHiVePruner(model, CONFIG)
+
+
+def test_a_pruned_model_can_be_pruned_again(finetuned, tmp_path):
+    first, folder = finetuned
+    base = load_base(str(folder))
+    assert base.architecture == "digits_resnet" and base.plans == tuple(first.plans)
+    second = pruned(replace(CONFIG, target_macs=0.6, cycles=2), model=base)
+    again = second.save_pretrained(tmp_path / "again")
+    assert same_weights(load_base(str(again)).net, second.net)
+    stored = safetensors.torch.load_file(again / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in second.net.state_dict().items())
+    assert plans_from_json((again / PLAN_FILE).read_text()) == (*first.plans, *second.plans)
+    assert second.plans[0].macs_before == first.plans[-1].macs_after
+    assert second.plans[-1].macs_after <= 0.6 * second.plans[0].macs_before
+    assert second.report.model_id == "saved"  # of a local path, the last part only
+
+
+def test_saving_before_a_run_reports_what_is_known(tmp_path):
+    job = CampHiVePruner("digits_resnet", replace(CONFIG, criterion="magnitude", merge="none"))
+    job.apply(job.plan(digits_calibration()), digits_calibration())
+    folder = job.save_pretrained(tmp_path / "early")
+    report = PruneReport.from_json((folder / REPORT_FILE).read_text())
+    assert [(stage.name, stage.accuracy) for stage in report.stages] == [("dense", None), ("pruned", None)]
+    assert same_weights(hf_camphive.from_pretrained(folder).timm_model, job.net)
+    with pytest.raises(OutputError, match="--overwrite"):
+        job.save_pretrained(folder)
+
+
+def test_push_saves_then_uploads_one_folder(monkeypatch):
+    pushed = []
+
+    def push(folder, repo_id, private, token):
+        pushed.append((folder.name, repo_id, private, token, sorted(path.name for path in folder.iterdir())))
+        return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(hub, "push_folder", push)
+    job = pruned(replace(CONFIG, criterion="magnitude", merge="none"))
+    assert job.push_to_hub("someone/small", private=True) == "https://huggingface.co/someone/small"
+    (call,) = pushed
+    assert call[:4] == ("small", "someone/small", True, None)
+    assert {"README.md", "model.safetensors", PLAN_FILE, REPORT_FILE} <= set(call[4])
+
+
+# Another classifier
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> str:
+    """A dataset of three classes, told apart by colour, with a training split only."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(3), 60))
+    base = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])[labels][:, None, None]
+    pixels = np.clip(base + rng.normal(0, 30, (len(labels), 16, 16, 3)), 0, 255).astype(np.uint8)
+    features = datasets.Features(
+        {"image": datasets.Array3D((16, 16, 3), "uint8"), "label": datasets.ClassLabel(names=["red", "green", "blue"])}
+    )
+    rows = datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
+    encoded = datasets.Features({"image": datasets.Image(), "label": features["label"]})
+    from PIL import Image
+
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(p) for p in pixels], "label": labels}, features=encoded
+    )
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    datasets.DatasetDict({"train": rows}).save_to_disk(folder)
+    return str(folder)
+
+
+def on_colours(colours, config, **options) -> CampHiVePruner:
+    job = CampHiVePruner("digits_resnet", config)
+    job.run(load_loaders(colours, job.base.net, config, workers=0), **options)
+    return job
+
+
+HEAD = replace(CONFIG, head_epochs=3, num_train_epochs=2, per_device_train_batch_size=16)
+
+
+def test_another_classifier_is_trained_and_reported(colours, tmp_path):
+    job = on_colours(colours, HEAD)
+    assert job.stages["dense"].top1 > 0.5  # chance is a third, and an untrained classifier's accuracy
+    assert job.report.head_replaced and "classifier of 10 classes was replaced by one of 3" in job.report.notes[0]
+    assert job.net.num_classes == 3 and job.report.dataset_id == "colours"
+    folder = job.save_pretrained(tmp_path / "colours-model")
+    model = hf_camphive.from_pretrained(folder)
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+    assert same_weights(model.timm_model, job.net)
+    assert same_weights(load_base("digits_resnet").net.layer1, job.dense.layer1)  # only the classifier was trained
+
+
+def test_another_classifier_needs_training_images(colours):
+    job = CampHiVePruner("digits_resnet", HEAD)
+    loaders = replace(load_loaders(colours, job.base.net, HEAD, workers=0), train=None)
+    with pytest.raises(ConfigError, match="10 classes, the dataset 3 and no training split.*choose a dataset"):
+        job.run(loaders)
+
+
+def test_without_a_training_split_a_run_says_that_it_did_not_finetune():
+    config = replace(CONFIG, num_train_epochs=1, criterion="magnitude", merge="none")
+    job = CampHiVePruner("digits_resnet", config)
+    job.run(replace(digits(job.base.net), train=None))
+    assert job.report.notes == ("Not finetuned: the dataset has no training split.",)
+    assert [stage.name for stage in job.report.stages] == ["dense", "pruned"]
+
+
+# Kills
+
+
+TWO_CYCLES = replace(CONFIG, cycles=2, num_train_epochs=2, criterion="random")
+
+
+def kill_after(monkeypatch, owner, name, count):
+    """Let `owner.name` do its work `count` times, and end the process after that."""
+    real, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == count:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+KILLS = {
+    "after the first cycle": (pruner, "save_progress", 1),
+    "before the second cycle is kept": (pruner, "apply_plan", 2),
+    "after the last cycle": (pruner, "save_progress", 2),
+    "before finetuning": (pruner, "save_progress", 3),
+    "in the first epoch": (training._Job, "run_epoch", 1),
+    "after the first epoch": (training._CheckpointStore, "save", 1),
+    "after finetuning": (pruner, "finetune", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> CampHiVePruner:
+    return pruned(TWO_CYCLES)
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_run_goes_on_to_the_same_end(kill, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, *KILLS[kill])
+        with pytest.raises(Killed):
+            pruned(TWO_CYCLES, work_dir=tmp_path / "work")
+    job = pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
+    assert job.plans == undisturbed.plans
+    assert same_weights(job.net, undisturbed.net)
+    assert job.report.stages[0].accuracy == undisturbed.report.stages[0].accuracy
+    assert job.stages == undisturbed.stages
+    assert job.report.groups == undisturbed.report.groups
+    losses = [[epoch["loss"] for epoch in run.report.finetune["epochs"]] for run in (job, undisturbed)]
+    assert losses[0] == losses[1]
+
+
+def test_what_is_kept_between_steps_does_not_disturb(undisturbed, tmp_path):
+    job = pruned(TWO_CYCLES, work_dir=tmp_path / "work")
+    assert job.plans == undisturbed.plans and same_weights(job.net, undisturbed.net)
+
+
+def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, *KILLS["before finetuning"])
+        with pytest.raises(Killed):
+            pruned(TWO_CYCLES, work_dir=tmp_path / "work")
+    monkeypatch.setattr(pruner, "make_plan", lambda *a: pytest.fail("planned again"))
+    pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
+
+
+def test_a_killed_run_with_a_new_classifier_goes_on_to_the_same_end(colours, tmp_path, monkeypatch):
+    config = replace(HEAD, criterion="magnitude", merge="none", num_train_epochs=1)
+    whole = on_colours(colours, config)
+    with monkeypatch.context() as patch:
+        kill_after(patch, pruner, "save_progress", 1)
+        with pytest.raises(Killed):
+            on_colours(colours, config, work_dir=tmp_path / "work")
+    monkeypatch.setattr(pruner, "train_head", lambda *a: pytest.fail("trained the classifier again"))
+    job = on_colours(colours, config, work_dir=tmp_path / "work", resume=True)
+    assert job.plans == whole.plans
+    assert same_weights(job.dense, whole.dense)
+    assert same_weights(job.net, whole.net)
+    assert job.report.head_replaced and job.report.notes == whole.report.notes
+
+
+def test_resuming_where_nothing_was_kept_is_a_fresh_run(undisturbed, tmp_path):
+    job = pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
+    assert job.plans == undisturbed.plans and same_weights(job.net, undisturbed.net)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp("killed") / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, pruner, "save_progress", 1)
+        with pytest.raises(Killed):
+            pruned(TWO_CYCLES, work_dir=work)
+    return work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"target_macs": 0.4}, "target_macs: 0.5 then, 0.4 now"),
+        ({"learning_rate": 0.1, "cycles": 3}, "cycles: 2 then, 3 now; learning_rate: 0.005 then, 0.1 now"),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_resumed(killed, changes, message):
+    with pytest.raises(ConfigError, match=f"another one .*{message}.*resume it with its own options, or remove"):
+        pruned(replace(TWO_CYCLES, **changes), work_dir=killed, resume=True)
+
+
+def test_another_model_or_dataset_is_not_resumed(killed, colours):
+    with pytest.raises(ConfigError, match="dataset: 'digits' then, 'colours' now"):
+        on_colours(colours, TWO_CYCLES, work_dir=killed, resume=True)
+    other = replace(load_base("digits_resnet"), model_id="someone/else")
+    with pytest.raises(ConfigError, match="model: 'digits_resnet' then, 'someone/else' now"):
+        pruned(TWO_CYCLES, model=other, work_dir=killed, resume=True)
+
+
+def test_a_damaged_state_is_named(killed, tmp_path):
+    work = tmp_path / "work"
+    subprocess.run(["cp", "-r", killed, work], check=True)
+    weights = work / "network" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be resumed.*remove that folder to start afresh"):
+        pruned(TWO_CYCLES, work_dir=work, resume=True)
+
+
+# Several processes
+
+
+def test_two_processes_make_the_plan_of_one(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = pruned(PARALLEL)
+    two = load_base(str(tmp_path / "two"))
+    assert two.plans == tuple(one.plans)
+    for name, tensor in one.net.state_dict().items():
+        assert torch.allclose(two.net.state_dict()[name].double(), tensor.double(), rtol=1e-3, atol=1e-4), name
+
+
+PARALLEL = replace(CONFIG, calibration_size=300, cycles=2)
+
+if __name__ == "__main__":
+    pruner.measure_latency = partial(measure_latency, runs=3, seconds=0.1)
+    job = pruned(PARALLEL, work_dir=Path(sys.argv[1] + "-work"))
+    assert job.accelerator.num_processes == 2
+    job.save_pretrained(sys.argv[1])

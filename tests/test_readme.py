@@ -1,0 +1,42 @@
+"""The README's examples run as they stand, and its figures are those of the kept results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_example_runs_and_its_result_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 2 and len(BLOCKS[0].strip().splitlines()) == 10
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    exec(BLOCKS[1], names)
+    shown = capsys.readouterr().out
+    assert "MACs per image: 10,203,776 ->" in shown and "finetuned" in shown
+    assert sum(p.numel() for p in names["model"].parameters()) == names["report"].stages[-1].footprint.parameters
+
+
+def test_the_demo_table_is_that_of_the_kept_report():
+    from hf_camphive.report import PruneReport
+
+    report = PruneReport.from_json((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
+    assert report.table() in README
+
+
+def test_the_results_are_those_of_the_kept_benchmark():
+    rows = json.loads((ROOT / "docs/results/no_training.json").read_text(encoding="utf-8")).values()
+    kept = {f"{100 * row['top1']:.2f}" for row in rows} | {f"{100 * row['dense_top1']:.2f}" for row in rows}
+    table = README.split("## Results")[1].split("## Limits")[0]
+    figures = re.findall(r"\b\d\d\.\d\d\b", table)
+    assert figures and not [figure for figure in figures if figure not in kept]
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
