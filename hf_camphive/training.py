@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -219,12 +219,13 @@ def train_head(
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(net: nn.Module, loader: DataLoader, accelerator: Accelerator) -> None:
+def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], accelerator: Accelerator) -> None:
     """Replace the running statistics of every BatchNorm by those of the loader's images; nothing else changes.
 
     Each batch is normalised by its own statistics on the way; the mean and (unbiased) variance of all rows are merged
     from the batches' by Chan's formula in float64, weighted by rows, so that they are exact given each norm's inputs
-    (PreciseBN; "Rethinking Batch in BatchNorm", arXiv:2105.07576). On several processes the batches are shared out.
+    (PreciseBN; "Rethinking Batch in BatchNorm", arXiv:2105.07576). On several processes a loader's batches are shared
+    out; a sequence holds this process's share already.
     """
     norms = {
         name: module
@@ -251,7 +252,9 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader, accelerator: Accel
     modes = _modes(net)
     net.eval()
     try:
-        share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True, even_batches=False)
+        share = loader
+        if isinstance(loader, DataLoader):
+            share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True, even_batches=False)
         with _progress(accelerator, "Recalibrate BatchNorm", _length(share), "batch") as bar:
             for batch in share:
                 net(_channels_last(batch["pixel_values"]))

@@ -118,10 +118,10 @@ def test_more_rows_than_there_are_gives_all_of_them():
 def test_one_row_a_class_is_divided_too():
     labels = np.arange(100)
     parts = data.divide({"validation": labels}, calibration_size=1024, seed=0)
-    assert len(parts["calibration"].rows) == 50 and len(parts["validation"].rows) == 50
+    assert len(parts["calibration"].rows) == 60 and len(parts["validation"].rows) == 40
     assert not set(parts["calibration"].rows) & set(parts["validation"].rows)
     assert "train" not in parts and "test" not in parts
-    assert str(parts["calibration"]) == "50 of 100 rows of validation"
+    assert str(parts["calibration"]) == "60 of 100 rows of validation"
 
 
 def test_validation_comes_out_of_train_and_never_out_of_test():
