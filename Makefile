@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a newcomer needs; both install into .venv first.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
