@@ -259,7 +259,12 @@ def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, .
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    return parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

@@ -298,8 +298,12 @@ class CampHiVePruner:
             )
         self.base = replace_head(self.base, names, self.config.seed)
         self.net = self.dense = self._placed(copy.deepcopy(self.base.net))
+        order = loaders.train.generator
+        before = None if order is None else order.get_state()
         with self._timed("train the new classifier"):
             train_head(self.net, loaders, self.config, self.accelerator)
+        if order is not None:  # a resumed run does not train it again, and must finetune in the same order
+            order.set_state(before)
         self.net.eval()
         self._head_replaced = True
 

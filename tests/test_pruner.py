@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import hf_camphive
@@ -25,12 +26,12 @@ from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
-from hf_camphive.plan import PLAN_FILE, plans_from_json
+from hf_camphive.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, count_parameters, measure_latency
 from hf_camphive.training import evaluate_accuracy
 
-CONFIG = CampHiVeConfig(calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=32)
+CONFIG = CampHiVeConfig(calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16)
 
 
 class Killed(BaseException):
@@ -150,28 +151,27 @@ def test_cycles_that_overshoot_leave_the_rest_less_to_do():
     assert job.report.stages[-1].footprint.macs == job.plans[-1].macs_after
 
 
-def test_a_group_that_loses_its_first_layer_keeps_its_row():
+def test_a_group_that_loses_its_first_layer_keeps_its_row(tmp_path):
     # layer2.0.conv2 names the stream of layer2; once that branch is gone, the stream goes by the name of its shortcut.
-    job = CampHiVePruner("digits_resnet", replace(CONFIG, scope="all", criterion="magnitude", merge="none"))
-    calibration = list(digits(job.base.net).calibration)
+    config = replace(CONFIG, scope="all", cycles=2, criterion="magnitude", merge="none")
+    job = CampHiVePruner("digits_resnet", config)
+    calibration = digits_calibration()
     plan = job.plan(calibration)
     inner, stream = "layer2.0.conv1", "layer2.0.conv2"
-    cut = {c.group: c for c in plan.cuts} | {inner: hf_camphive.plan.ChannelCut(inner, ())}
-    job.apply(replace(plan, cuts=tuple(cut.values()), dropped=("layer2.0",)), calibration)
-    job.apply(job.plan_for(0.8) if hasattr(job, "plan_for") else _second_plan(job, calibration), calibration)
-    rows = {row.name: row for row in job._report(None, "", latency=False).groups}
+    cuts = {cut.group: cut for cut in plan.cuts} | {inner: ChannelCut(inner, ())}
+    job.apply(replace(plan, cuts=tuple(cuts.values()), dropped=("layer2.0",)), calibration)
+    job.apply(job.plan(calibration), calibration)
+    assert stream not in job.plans[1].keep
+    job.save_pretrained(tmp_path / "small")
+    report = PruneReport.from_json((tmp_path / "small" / REPORT_FILE).read_text())
+    rows = {row.name: row for row in report.groups}
     assert rows[inner].kept == 0
     assert rows[stream].kept == len(job.net.layer2[1].conv2.weight) > 0
 
 
-def _second_plan(job, calibration):
-    job.config = replace(job.config, target_macs=0.3)
-    return job.plan(calibration)
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_prunes(criterion):
-    job = pruned(replace(CONFIG, criterion=criterion, merge="none", num_eigenpairs=2, power_steps=3))
+    job = pruned(replace(CONFIG, criterion=criterion, merge="none", num_eigenpairs=1, power_steps=1))
     assert job.plans[0].criterion == criterion
     assert job.scores.keys() >= {cut.group for cut in job.plans[0].cuts}
     assert count_macs(job.net, (3, 16, 16)) == job.plans[0].macs_after
@@ -216,7 +216,7 @@ def test_a_plan_for_another_network_is_refused():
     plan = CampHiVePruner("digits_resnet", replace(CONFIG, criterion="magnitude")).plan(digits_calibration())
     other = CampHiVePruner(timm.create_model("cifar_resnet20"), CONFIG)
     before = copy.deepcopy(other.net)
-    with pytest.raises(PlanError, match="made for another network.*call plan again"):
+    with pytest.raises(PlanError, match=r"made for another network.*call plan again"):
         other.apply(plan, digits_calibration())
     assert same_weights(other.net, before) and other.plans == []
     job = CampHiVePruner("digits_resnet", CONFIG)
@@ -252,7 +252,10 @@ def test_calibration_that_cannot_serve(batches, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (0.001, r"below the smallest that the floors allow, [\d,]+ \(\d+\.\d%\); raise target_macs, or set scope to all"),
+        (
+            0.001,
+            r"below the smallest that the floors allow, [\d,]+ \(\d+\.\d%\); raise target_macs, or set scope to all",
+        ),
         (1.0, "no less than the network's 10,203,776; lower it"),
         (20_000_000, "no less than the network's"),
     ],
@@ -322,15 +325,10 @@ def colours(tmp_path_factory) -> str:
     base = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])[labels][:, None, None]
     pixels = np.clip(base + rng.normal(0, 30, (len(labels), 16, 16, 3)), 0, 255).astype(np.uint8)
     features = datasets.Features(
-        {"image": datasets.Array3D((16, 16, 3), "uint8"), "label": datasets.ClassLabel(names=["red", "green", "blue"])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue"])}
     )
-    rows = datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
-    encoded = datasets.Features({"image": datasets.Image(), "label": features["label"]})
-    from PIL import Image
-
-    rows = datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p) for p in pixels], "label": labels}, features=encoded
-    )
+    columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": labels}
+    rows = datasets.Dataset.from_dict(columns, features=features)
     folder = tmp_path_factory.mktemp("data") / "colours"
     datasets.DatasetDict({"train": rows}).save_to_disk(folder)
     return str(folder)
@@ -360,7 +358,7 @@ def test_another_classifier_is_trained_and_reported(colours, tmp_path):
 def test_another_classifier_needs_training_images(colours):
     job = CampHiVePruner("digits_resnet", HEAD)
     loaders = replace(load_loaders(colours, job.base.net, HEAD, workers=0), train=None)
-    with pytest.raises(ConfigError, match="10 classes, the dataset 3 and no training split.*choose a dataset"):
+    with pytest.raises(ConfigError, match=r"10 classes, the dataset 3 and no training split.*choose a dataset"):
         job.run(loaders)
 
 
@@ -495,7 +493,7 @@ def test_a_damaged_state_is_named(killed, tmp_path):
     subprocess.run(["cp", "-r", killed, work], check=True)
     weights = work / "network" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="cannot be resumed.*remove that folder to start afresh"):
+    with pytest.raises(ConfigError, match=r"cannot be resumed.*remove that folder to start afresh"):
         pruned(TWO_CYCLES, work_dir=work, resume=True)
 
 
@@ -505,7 +503,9 @@ def test_a_damaged_state_is_named(killed, tmp_path):
 def test_two_processes_make_the_plan_of_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one = pruned(PARALLEL)
     two = load_base(str(tmp_path / "two"))

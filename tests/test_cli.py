@@ -1,0 +1,403 @@
+"""The command line: every mistake ends in exit code 2, one clear line and nothing written; what is printed is true."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import hf_camphive
+from hf_camphive import cli, hub, pruner, report
+from hf_camphive.models import load_base
+from hf_camphive.plan import PLAN_FILE, plans_from_json
+from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, measure_latency
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--calibration-size 64 --epochs 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module in (pruner, report):
+        monkeypatch.setattr(module, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+
+
+def prune(*arguments: str) -> int:
+    return cli.main(["prune", *QUICK, "--dataloader-num-workers", "0", *map(str, arguments)])
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The message of a run that must fail and leave the working folder as it was."""
+    before = snapshot(Path.cwd())
+    assert prune(*arguments) == 2
+    assert snapshot(Path.cwd()) == before
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path_factory.mktemp("cli") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        assert prune("--output-dir", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """Folders of datasets that lack something."""
+    folder = tmp_path_factory.mktemp("tables")
+    pictures = [Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)) for i in range(20)]
+    image, label = datasets.Image(), datasets.ClassLabel(names=["a", "b"])
+    for name, columns, features in (
+        ("blind", {"text": ["x"] * 20, "label": [0, 1] * 10}, {"text": datasets.Value("string"), "label": label}),
+        ("unlabelled", {"image": pictures, "text": ["x"] * 20}, {"image": image, "text": datasets.Value("string")}),
+    ):
+        rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        datasets.DatasetDict({"train": rows}).save_to_disk(folder / name)
+    return folder
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model"], r"'no-such-model' is neither a folder, nor a Hub id"),
+        (["--model", "timm/resnet18.a1_in1kk"], "neither in the cache nor can it be downloaded.*did you mean"),
+        (["--model", "./nowhere"], "no folder './nowhere'"),
+        (["--model", "resnet18", "--checkpoint", "weights.pth"], "pickle"),
+        (["--dataset", "no-such-dataset"], "no-such-dataset"),
+        (["--dataset", "digit"], "did you mean 'digits'"),
+        (["--image-column-name", "picture"], "picture"),
+        (["--label-column-name", "kind"], "kind"),
+        (
+            ["--target-macs", "0.01"],
+            r"below the smallest that the floors allow, [\d,]+ \([\d.]+%\); raise target_macs",
+        ),
+        (["--target-macs", "2"], "2.0x reduction write 0.5"),
+        (["--target-macs", "nan"], "target_macs is nan; it must be a finite number"),
+        (["--target-macs", "-1"], "target_macs is -1.0; give a fraction"),
+        (["--calibration-size", "4"], "needs at least 16 images; raise it, or use magnitude or random"),
+        (["--distillation", "2"], "a share between 0 and 1"),
+        (["--push-to-hub"], "add --hub-model-id user/name"),
+        (["--dry-run", "--resume"], "nothing to push or to resume"),
+        (["--dry-run", "--push-to-hub", "--hub-model-id", "a/b"], "nothing to push or to resume"),
+        (["--output-dir", ".."], "not empty and was not saved by hf_camphive"),
+        (["--output-dir", "."], "not empty and was not saved by hf_camphive"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes(capsys, arguments, message):
+    Path("something.txt").write_text("of the user's")
+    assert re.search(message, refused(capsys, *arguments))
+
+
+def test_a_stream_without_end_is_refused_before_any_work(capsys):
+    arguments = ["prune", "--streaming", "--output-dir", "out"]
+    assert cli.main(arguments) == 2
+    assert "add --max-train-samples, or --epochs 0" in capsys.readouterr().err
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(("folder", "message"), [("blind", "image"), ("unlabelled", "label")])
+def test_datasets_that_lack_a_column(capsys, tables, folder, message):
+    assert re.search(message, refused(capsys, "--dataset", tables / folder))
+
+
+def test_a_network_without_anything_to_prune(capsys, monkeypatch):
+    real = pruner.trace_network
+
+    def all_frozen(net, size):
+        trace = real(net, size)
+        return replace(trace, groups=tuple(replace(group, frozen="nothing reads it") for group in trace.groups))
+
+    monkeypatch.setattr(pruner, "trace_network", all_frozen)
+    assert "no channel group of this network can be pruned" in refused(capsys)
+
+
+def test_a_loss_that_is_not_a_number_leaves_nothing(capsys):
+    message = refused(
+        capsys, "--epochs", "2", "--learning-rate", "1e30", "--per-device-train-batch-size", "32", "--merge", "none"
+    )
+    assert "Lower --learning_rate" in message
+
+
+def test_an_error_does_not_take_what_others_wrote(capsys):
+    Path("outputs").mkdir()
+    Path("outputs", "mine.txt").write_text("mine")
+    arguments = ["--epochs", "2", "--learning-rate", "1e30", "--per-device-train-batch-size", "32"]
+    assert "Lower --learning_rate" in refused(capsys, *arguments)
+    assert Path("outputs", "mine.txt").read_text() == "mine"
+
+
+def test_output_folders_that_hold_something(capsys, saved):
+    Path("mine").mkdir()
+    Path("mine", "thesis.txt").write_text("years of work")
+    assert "not saved by hf_camphive" in refused(capsys, "--output-dir", "mine", "--overwrite")
+    before = snapshot(saved)
+    assert "overwrite it (--overwrite)" in refused(capsys, "--output-dir", saved)
+    assert "holds a pruned model" in refused(capsys, "--output-dir", saved, "--overwrite", "--dry-run")
+    assert snapshot(saved) == before
+    Path("file").write_text("")
+    assert "is a file" in refused(capsys, "--output-dir", "file")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("config.json", lambda data: data[: len(data) // 2], "config.json of 'copy' is damaged"),
+        ("config.json", lambda data: b'{"model_type": "vit"}', "type 'vit', not a timm image classifier"),
+        ("model.safetensors", lambda data: data[: len(data) // 2], "'copy'.*(damaged|incomplete|truncated)"),
+        ("prune_plan.json", lambda data: b"{}", "prune_plan.json of 'copy' is missing or damaged"),
+    ],
+)
+def test_damaged_models(capsys, saved, file, damage, message):
+    shutil.copytree(saved, "copy")
+    path = Path("copy", file)
+    path.write_bytes(damage(path.read_bytes()))
+    assert re.search(message, refused(capsys, "--model", "copy"))
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--cycles", "two"], ["--merge", "magic"], ["--targ", "1"]])
+def test_flags_that_do_not_exist(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        prune(*arguments)
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert arguments[0] in told and told.splitlines()[-1].startswith("camphive prune: error: ")
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["squash"], ["--model", "digits_resnet"]])
+def test_commands_that_do_not_exist(capsys, arguments):
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr()
+    assert f"there is no command '{arguments[0]}'" in told.err and "prune" in told.err and not told.out
+
+
+# Help
+
+
+def test_help_of_the_program(capsys):
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in ("prune", "inspect", "evaluate"))
+
+
+def help_of(capsys, command: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (
+            "prune",
+            "--model --dataset --target-macs --cycles --criterion --merge --epochs --output-dir --push-to-hub "
+            "--hub-model-id --dry-run --resume --overwrite --seed --checkpoint",
+        ),
+        ("inspect", "--model --checkpoint"),
+        ("evaluate", "--model --dataset --max-eval-samples"),
+    ],
+)
+def test_help_of_a_command(capsys, command, flags):
+    text = help_of(capsys, command)
+    assert text.startswith(f"usage: camphive {command} [options]\n")
+    listed = re.findall(r"(?<![\w-])--[\w-]+", "\n".join(line for line in text.splitlines() if line.startswith("  -")))
+    assert set(flags.split()) <= set(listed)
+    assert not [flag for flag in listed if "_" in flag]  # the spelling with underscores is a courtesy
+
+
+def test_every_flag_of_the_help_is_understood(capsys):
+    from transformers import HfArgumentParser
+
+    parsers = []
+    real = HfArgumentParser.parse_args_into_dataclasses
+
+    def remember(self, *args, **kwargs):
+        parsers.append(self)
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", remember)
+        text = help_of(capsys, "prune")
+    accepted = {spelling for action in parsers[0]._actions for spelling in action.option_strings}
+    listed = re.findall(r"(?<![\w-])--[\w-]+", "\n".join(line for line in text.splitlines() if line.startswith("  -")))
+    assert set(listed) <= accepted and len(listed) > 40
+    assert {"--model_name_or_path", "--dataset_name", "--num_train_epochs", "--target_macs"} <= accepted
+
+
+# Runs
+
+
+def test_a_run_saves_what_it_prints(capsys, caplog):
+    arguments = ["--epochs", "1", "--output-dir", "deep/small", "--per-device-train-batch-size", "64", "--seed", "3"]
+    with caplog.at_level("INFO", "hf_camphive"):
+        assert prune(*arguments) == 0
+    told = capsys.readouterr()
+    folder = Path("deep/small")
+    found = PruneReport.from_json((folder / REPORT_FILE).read_text())
+    assert found.table() in told.out
+    for line in ("deep/small/model.safetensors", "deep/small/README.md", 'from_pretrained("deep/small")'):
+        assert line in told.out
+    assert all((folder / name).is_file() for name in ("model.safetensors", "README.md", "plots/widths.png"))
+    assert sorted(path.name for path in Path("deep").iterdir()) == ["small"]  # no work folder is left
+    assert hf_camphive.from_pretrained(folder).num_labels == 10
+    assert found.config["num_train_epochs"] == 1.0 and found.config["seed"] == 3
+    assert "Writing model shards" not in told.err
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        re.fullmatch(r"Finetune, epoch 1 of 1: loss [\d.]+, validation top-1 [\d.]+ %, [\d.]+ s", s) for s in said
+    )
+    assert not any("EpochLog" in s for s in said)
+
+
+def test_the_command_is_published_without_this_machines_folders(tmp_path):
+    output = tmp_path / "secret-folder" / "small"
+    assert prune("--output-dir", output, "--model=digits_resnet", "--merge", "none") == 0
+    for file in output.rglob("*"):
+        if file.suffix in (".json", ".md"):
+            assert "secret-folder" not in file.read_text() and str(tmp_path) not in file.read_text(), file
+    command = PruneReport.from_json((output / REPORT_FILE).read_text()).command
+    assert command.startswith("camphive prune --calibration-size 64") and "--output-dir small" in command
+    again = tmp_path / "again"
+    assert prune("--output-dir", again, f"--model={output}", "--dataset", "digits", "--merge", "none") == 0
+    found = PruneReport.from_json((again / REPORT_FILE).read_text())
+    assert "--model=small" in found.command and found.model_id == "small"
+    assert str(tmp_path) not in (again / "README.md").read_text() + (again / REPORT_FILE).read_text()
+    assert len(plans_from_json((again / PLAN_FILE).read_text())) == 2
+
+
+def test_overwriting_replaces_the_model(saved, tmp_path):
+    shutil.copytree(saved, "small")
+    assert prune("--output-dir", "small", "--overwrite", "--target-macs", "0.8", "--merge", "none") == 0
+    assert PruneReport.from_json(Path("small", REPORT_FILE).read_text()).config["target_macs"] == 0.8
+
+
+def test_a_dry_run_plans_and_a_real_one_can_follow(capsys):
+    assert prune("--dry-run", "--output-dir", "small") == 0
+    told = capsys.readouterr().out
+    assert [path.name for path in Path.cwd().iterdir()] == ["small"]
+    assert [path.name for path in Path("small").iterdir()] == [PLAN_FILE]
+    (plan,) = plans_from_json(Path("small", PLAN_FILE).read_text())
+    assert plan.summary() in told and "Nothing was changed. The plan is in small/prune_plan.json" in told
+    assert prune("--dry-run", "--output-dir", "small") == 0
+    assert prune("--output-dir", "small") == 0
+    assert plans_from_json(Path("small", PLAN_FILE).read_text()) == (plan,)
+
+
+def test_a_pushed_run_is_told_where(capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(hub, "push_folder", lambda *a, **k: pushed.append((a, k)) or "https://hub/someone/small")
+    options = ["--push-to-hub", "--hub-model-id", "someone/small", "--hub-private-repo", "--merge", "none"]
+    assert prune("--output-dir", "small", *options) == 0
+    assert pushed == [((Path.cwd() / "small", "someone/small"), {"private": True})]
+    assert "Pushed to https://hub/someone/small" in capsys.readouterr().out
+
+
+KILLED_RUN = """
+import os, signal, sys
+from hf_camphive import cli, pruner
+real = pruner.save_progress
+def deadly(*args):
+    real(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+pruner.save_progress = deadly
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_is_resumed_by_the_same_command(capsys):
+    options = [*QUICK, "--dataloader-num-workers", "0", "--cycles", "2", "--output-dir", "out/small"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED_RUN, "prune", *options], env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in Path("out").iterdir()] == [".small.work"]
+    other = ["--cycles", "2", "--output-dir", "out/small", "--resume", "--seed", "9"]
+    assert "seed: 0 then, 9 now" in refused(capsys, *other)
+    assert Path("out/.small.work").is_dir()
+    assert prune("--cycles", "2", "--output-dir", "out/small", "--resume") == 0
+    assert [path.name for path in Path("out").iterdir()] == ["small"]
+    assert prune("--cycles", "2", "--output-dir", "whole") == 0
+    both = [plans_from_json(Path(folder, PLAN_FILE).read_text()) for folder in ("out/small", "whole")]
+    assert both[0] == both[1] and len(both[0]) == 2
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("out/small", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_the_script_is_the_same_job():
+    arguments = [*QUICK, "--merge", "none", "--output-dir", "small"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts/prune.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "MACs per image" in done.stdout and "Traceback" not in done.stderr
+    found = PruneReport.from_json(Path("small", REPORT_FILE).read_text())
+    assert found.command.startswith("python scripts/prune.py --calibration-size 64")
+    assert str(Path.cwd()) not in found.to_json()
+
+
+# Looking
+
+
+def test_inspect_tells_the_truth(capsys):
+    assert cli.main(["inspect"]) == 0
+    told = capsys.readouterr().out
+    net = load_base("digits_resnet").net
+    macs, parameters = count_macs(net, (3, 16, 16)), sum(p.numel() for p in net.parameters())
+    assert macs == 10_203_776
+    assert f"{report.format_count(macs)} MACs per image, {report.format_count(parameters)} parameters" in told
+    rows = {line.split()[0]: line.split() for line in told.splitlines() if "%" in line}
+    for name in ("layer1.0.conv1", "layer3.2.conv1"):
+        weight = net.get_parameter(f"{name}.weight")
+        assert rows[name][1] == str(len(weight))
+        both = weight.numel() + net.get_parameter(f"{name[:-1]}2.weight").numel() + 2 * len(weight)
+        assert rows[name][3] == f"{both / parameters:.1%}"
+        area = {"1": 256, "3": 16}[name[5]]
+        first = weight.numel() + net.get_parameter(f"{name[:-1]}2.weight").numel()
+        assert rows[name][2] == f"{area * first / macs:.1%}"
+    assert "frozen: output of the network" in told
+    assert re.search("dropped whole: layer1.0, layer1.1, layer1.2", told)
+
+
+def test_evaluate_tells_the_truth(capsys, saved):
+    for model in ("digits_resnet", str(saved)):
+        arguments = ["evaluate", "--model", model, "--dataset", "digits", "--dataloader-num-workers", "0"]
+        assert cli.main([*arguments, "--max-eval-samples", "100"]) == 0
+        told = capsys.readouterr().out
+        found = PruneReport.from_json((saved / REPORT_FILE).read_text())
+        stage = found.stages[0 if model == "digits_resnet" else -1]
+        assert re.search(rf"^top-1 +{re.escape(report.format_share(stage.accuracy.top1))}$", told, re.M)
+        assert re.search(rf"^MACs per image +{report.format_count(stage.footprint.macs)}$", told, re.M)
+        assert "Accuracy on 100 images of '100 of 300 rows of test'" in told and "latency, batch 32" in told
+
+
+def test_evaluate_on_another_number_of_classes_is_refused(capsys, tmp_path):
+    pictures = [Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)) for i in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 10}, features=features)
+    datasets.DatasetDict({"test": rows}).save_to_disk("two")
+    assert cli.main(["evaluate", "--dataset", "two"]) == 2
+    assert "the network has 10 classes, the dataset 2" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""A config refuses what cannot work, and says what would; what it accepts survives being written down."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from hf_camphive.config import CONFIG_FILE, SCHEMA, CampHiVeConfig
+from hf_camphive.errors import CampHiVeError, ConfigError
+
+WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type is int]
+REAL = [f.name for f in fields(CampHiVeConfig) if f.type is float]
+CHOICES = [f.name for f in fields(CampHiVeConfig) if getattr(f.type, "__args__", None)]
+OTHER = CampHiVeConfig(
+    **{"target_macs": 123456.0, "cycles": 3, "criterion": "hive", "merge": "cyclic", "scope": "all", "round_to": 8},
+    **{"seed": 7, "calibration_size": 99, "curvature": "hessian", "optimizer": "adamw", "mixed_precision": "bf16"},
+    **{"num_train_epochs": 0.5, "label_smoothing": 0.1, "distillation": 1.0, "warmup_ratio": 0},
+)
+
+
+def test_every_field_is_checked_by_its_type():
+    assert sorted(WHOLE + REAL + CHOICES) == sorted(f.name for f in fields(CampHiVeConfig))
+    assert all(f.metadata["help"] for f in fields(CampHiVeConfig))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", [True, 1.5, 2.0, "3", None, float("nan")], ids=repr)
+def test_whole_numbers(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} is {value!r}; it must be a whole number"):
+        CampHiVeConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("value", [True, "0.5", None, float("nan"), float("inf"), -float("inf"), [1.0]], ids=repr)
+def test_real_numbers(name, value):
+    with pytest.raises(ConfigError, match="it must be a finite number"):
+        CampHiVeConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    options = CampHiVeConfig.__dataclass_fields__[name].type.__args__
+    for option in options:
+        assert getattr(CampHiVeConfig(**{name: option}), name) == option
+    with pytest.raises(ConfigError, match=f"^{name} is '{options[0]}x'; did you mean '{options[0]}'"):
+        CampHiVeConfig(**{name: options[0] + "x"})
+    for value in ("zzzz", 1):
+        with pytest.raises(ConfigError, match=f"^{name} is {value!r}; choose from {', '.join(options)}$"):
+            CampHiVeConfig(**{name: value})
+    for value in (None, True, [options[0]]):
+        with pytest.raises(ConfigError, match=f"^{name} is "):
+            CampHiVeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_macs": 0}, "target_macs is 0; give a fraction such as 0.5, or a number of MACs per image"),
+        ({"target_macs": -0.5}, "target_macs is -0.5; give a fraction"),
+        ({"target_macs": 2.0}, "target_macs is 2.0: .* for a 2.0x reduction write 0.5"),
+        ({"target_macs": 3}, "for a 3x reduction write 0.333"),
+        ({"cycles": 0}, "cycles is 0; it must be at least 1"),
+        ({"round_to": 0}, "round_to is 0; it must be at least 1"),
+        ({"min_channels": -3}, "min_channels is -3; it must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must not be negative"),
+        ({"seed": 2**32}, r"seed is 4294967296; it must be below 2\^32"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0; it must not be negative"),
+        ({"learning_rate": -1e-3}, "it must not be negative"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it is a share between 0 and 1"),
+        ({"distillation": 1.01}, "distillation is 1.01; it is a share between 0 and 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1, which leaves no label; 0.1 is usual"),
+        ({"temperature": 0.0}, r"temperature is 0.0; it must be positive \(4 is usual\)"),
+        (
+            {"calibration_size": 15},
+            "criterion 'fisher' with merge 'reconstruct' needs at least 16 images; raise it, or use magnitude or random",
+        ),
+        ({"calibration_size": 8, "criterion": "magnitude"}, "criterion 'magnitude' with merge 'reconstruct' needs"),
+        ({"calibration_size": 8, "merge": "none"}, "criterion 'fisher' with merge 'none' needs"),
+    ],
+    ids=repr,
+)
+def test_refusals_say_what_would_work(values, message):
+    with pytest.raises(ConfigError, match=message):
+        CampHiVeConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_macs": 1},
+        {"target_macs": 1000},
+        {"calibration_size": 1, "criterion": "random", "merge": "cyclic"},
+        {"num_train_epochs": 0, "head_epochs": 0, "learning_rate": 0},
+        {"seed": 2**32 - 1},
+        {"distillation": 1, "warmup_ratio": 1},
+    ],
+    ids=repr,
+)
+def test_the_edges_of_what_works(values):
+    assert {name: getattr(CampHiVeConfig(**values), name) for name in values} == values
+
+
+def test_refusals_are_of_the_common_kinds():
+    assert issubclass(ConfigError, CampHiVeError) and issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize("config", [CampHiVeConfig(), OTHER], ids=["default", "other"])
+def test_round_trips(config, tmp_path):
+    assert CampHiVeConfig.from_dict(config.to_dict()) == config
+    assert CampHiVeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config.save_pretrained(tmp_path)
+    assert CampHiVeConfig.from_pretrained(tmp_path) == config
+    stored = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert stored.pop("schema") == SCHEMA and stored == vars(config)
+
+
+def test_configs_are_values():
+    assert replace(OTHER, seed=8) != OTHER == replace(OTHER)
+    assert hash(OTHER) == hash(replace(OTHER))
+    with pytest.raises(AttributeError):
+        OTHER.seed = 1
+
+
+def test_missing_keys_have_their_defaults():
+    assert CampHiVeConfig.from_dict({"seed": 3}) == CampHiVeConfig(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"taget_macs": 0.5}, "unknown key 'taget_macs' in the config; did you mean 'target_macs'"),
+        ({"zzz": 1}, "unknown key 'zzz' in the config; known keys: target_macs, cycles, "),
+        ({"schema": SCHEMA + 1}, "schema 2 is not 1; install the version of hf_camphive that wrote it"),
+        ({"schema": None}, "schema None is not 1"),
+        ({"cycles": "two"}, "cycles is 'two'"),
+        ([], "table of keys and values"),
+        ("text", "table of keys and values"),
+        (None, "table of keys and values"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_config(values, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        CampHiVeConfig.from_dict(values)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
+        CampHiVeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b'{"seed": 1'], ids=repr)
+def test_damaged_files(content, tmp_path):
+    with pytest.raises(ConfigError, match="was it saved by hf_camphive"):
+        CampHiVeConfig.from_pretrained(tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"not valid JSON.*restore it from the run that wrote it"):
+        CampHiVeConfig.from_pretrained(tmp_path)

@@ -1,0 +1,295 @@
+"""The greedy descent against arithmetic done by hand, and budgets against floors; no network in sight."""
+
+import random
+from math import prod
+
+import pytest
+import torch
+
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import PlanError
+from hf_camphive.plan import Branch, ChannelGroup, Slot
+from hf_camphive.planning import Budgeted, cyclic_pairs, make_plan, smallest_macs
+
+
+def config(**changes) -> CampHiVeConfig:
+    return CampHiVeConfig(**{"scope": "all"} | changes)
+
+
+def group(name: str, size: int, writes: str, reads: str, frozen: str | None = None, repeat: int = 1) -> ChannelGroup:
+    """Channels that `writes` produces (axis 0) and `reads` consumes (axis 1, `repeat` positions a channel)."""
+    slots = (
+        Slot(f"{writes}.weight", 0, "producer", tuple(range(size))),
+        Slot(f"{reads}.weight", 1, "consumer", tuple(range(size * repeat))),
+    )
+    return ChannelGroup(name, size, slots, frozen)
+
+
+def chain(*widths: int, positions: tuple[int, ...] = (), kernel: int = 1) -> Budgeted:
+    """conv0: widths[0] -> widths[1], conv1: -> widths[2], ...; input and output fixed; groups g1, g2, ..."""
+    layers = len(widths) - 1
+    shapes = {f"conv{i}.weight": (widths[i + 1], widths[i], kernel, kernel) for i in range(layers)}
+    groups = [group(f"g{i}", widths[i], f"conv{i - 1}", f"conv{i}") for i in range(1, layers)]
+    counts = dict(zip(shapes, positions or (1,) * layers, strict=True))
+    return Budgeted(tuple(groups), (), frozenset(), counts, shapes)
+
+
+def residual(inner: tuple[int, int] = (2, 3), stream: int = 4) -> Budgeted:
+    """stem -> stream; block: stream -> a -> b -> stream, whose gates are a and b; head reads the stream."""
+    a, b = inner
+    shapes = {
+        "stem.weight": (stream, 3, 1, 1),
+        "block.conv1.weight": (a, stream, 1, 1),
+        "block.conv2.weight": (b, a, 1, 1),
+        "block.conv3.weight": (stream, b, 1, 1),
+        "head.weight": (5, stream),
+    }
+    slots = (
+        *(Slot(f"{name}.weight", 0, "producer", tuple(range(stream))) for name in ("stem", "block.conv3")),
+        *(Slot(f"{name}.weight", 1, "consumer", tuple(range(stream))) for name in ("block.conv1", "head")),
+    )
+    groups = (
+        ChannelGroup("stream", stream, slots),
+        group("a", a, "block.conv1", "block.conv2"),
+        group("b", b, "block.conv2", "block.conv3"),
+    )
+    tensors = tuple(name for name in shapes if "block" in name)
+    branch = Branch("block", (), (), ("a", "b"), ("a", "b"), tensors, "add", "out")
+    return Budgeted(groups, (branch,), frozenset({"stream"}), dict.fromkeys(shapes, 10), shapes)
+
+
+def macs(network: Budgeted, kept: dict[str, int]) -> int:
+    """MACs of a network from its widths alone, by another road than the descent's differences."""
+    shapes = {name: list(shape) for name, shape in network.shapes.items()}
+    for g in network.groups:
+        for slot in g.slots:
+            if slot.tensor in shapes:
+                shapes[slot.tensor][slot.axis] -= (g.size - kept.get(g.name, g.size)) * (len(slot.index) // g.size)
+    return sum(count * prod(shapes[name]) for name, count in network.positions.items())
+
+
+def widths(plan) -> dict[str, int]:
+    return {name: len(channels) for name, channels in plan.keep.items()}
+
+
+def random_scores(network: Budgeted, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.size, generator=generator).square() for g in network.groups}
+
+
+# The budget
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_budget_is_met_within_one_channel_and_never_exceeded(seed):
+    chance = random.Random(seed)
+    sizes = [chance.randint(2, 40) for _ in range(chance.randint(3, 7))]
+    network = chain(
+        *sizes, positions=tuple(chance.choice([1, 49, 196]) for _ in sizes[1:]), kernel=chance.choice([1, 3])
+    )
+    settings = config(min_channels=chance.choice([1, 2]), round_to=chance.choice([1, 1, 2]))
+    least = smallest_macs(network, settings)
+    for _ in range(10):
+        target = chance.randint(least, network.macs - 1)
+        plan = make_plan(network, random_scores(network, chance.randrange(10**6)), target, settings)
+        kept = widths(plan)
+        assert plan.macs_before == macs(network, {}) == network.macs
+        assert least <= plan.macs_after == macs(network, kept) <= target
+        back = []
+        for cut in plan.cuts:
+            size = next(g.size for g in network.groups if g.name == cut.group)
+            step = settings.round_to if kept[cut.group] + settings.round_to <= size else size - kept[cut.group]
+            back.append(macs(network, kept | {cut.group: kept[cut.group] + step}))
+        assert max(back) > target
+
+
+def test_the_least_important_channels_of_a_group_go():
+    network = chain(3, 6, 2)
+    scores = {"g1": torch.tensor([5.0, 1.0, 4.0, 0.5, 3.0, 2.0])}
+    plan = make_plan(network, scores, 20, config())
+    assert plan.keep["g1"] == (0, 2, 4, 5)  # 5 MACs a channel: 30 -> 20 takes two
+
+
+def test_removal_order_by_hand():
+    # conv0 [4, 2] at 10 positions, conv1 [3, 4] at 1, conv2 [1, 3] at 1: 80 + 12 + 3 = 95 MACs.
+    # A channel of g1 saves 2 * 10 + 3 = 23, one of g2 saves 4 + 1 = 5, so that per MAC saved
+    #   g1: 2.3 / 23 = 0.1, then 6.9 / 23 = 0.3 ...      g2: 1.0 / 5 = 0.2, then 4.0 / 5 = 0.8 ...
+    network = chain(2, 4, 3, 1, positions=(10, 1, 1))
+    scores = {"g1": torch.tensor([9.2, 2.3, 6.9, 30.0]), "g2": torch.tensor([4.0, 1.0, 8.0])}
+    assert network.macs == 95
+    first = make_plan(network, scores, 94, config())
+    assert (first.keep["g1"], first.keep["g2"], first.macs_after) == ((0, 2, 3), (0, 1, 2), 72)
+    # With three channels left in g1, one of g2 saves 3 + 1 = 4: 1.0 / 4 = 0.25, still less than g1's 0.3.
+    second = make_plan(network, scores, 71, config())
+    assert (second.keep["g1"], second.keep["g2"], second.macs_after) == ((0, 2, 3), (0, 2), 68)
+    # Now g1 saves 20 + 2 = 22: 6.9 / 22 = 0.31 against 4.0 / 4 = 1.
+    third = make_plan(network, scores, 67, config())
+    assert (third.keep["g1"], third.keep["g2"], third.macs_after) == ((0, 3), (0, 2), 46)
+
+
+def test_costs_are_those_of_the_widths_that_are_left():
+    # At full width a channel of g2 saves 8 + 1 = 9, per MAC 0.8 / 9 = 0.089; g1's first six are free and go first.
+    # After them g2's saves 2 + 1 = 3: 0.8 / 3 = 0.27, more than 1.0 / 4 = 0.25 of g1's seventh (1 + 3 MACs).
+    network = chain(1, 8, 3, 1)
+    scores = {"g1": torch.tensor([0.0] * 6 + [1.0, 9.0]), "g2": torch.tensor([0.8, 5.0, 6.0])}
+    assert network.macs == 8 + 24 + 3
+    assert widths(make_plan(network, scores, 11, config())) == {"g1": 2, "g2": 3}
+    plan = make_plan(network, scores, 10, config())
+    assert widths(plan) == {"g1": 1, "g2": 3} and plan.macs_after == 7
+
+
+def test_positions_per_channel_count():
+    # A head that reads 4 positions of each channel: a channel saves 3 + 2 * 4 = 11.
+    shapes = {"conv.weight": (5, 3, 1, 1), "head.weight": (2, 20)}
+    network = Budgeted((group("g", 5, "conv", "head", repeat=4),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
+    plan = make_plan(network, {"g": torch.arange(5.0)}, 54, config())
+    assert (plan.macs_before, plan.macs_after, plan.keep["g"]) == (55, 44, (1, 2, 3, 4))
+
+
+def test_a_tensor_that_carries_a_group_on_both_axes():
+    slots = (
+        Slot("in.weight", 0, "producer", (0, 1, 2)),
+        Slot("square.weight", 0, "producer", (0, 1, 2)),
+        Slot("square.weight", 1, "consumer", (0, 1, 2)),
+    )
+    shapes = {"in.weight": (3, 1), "square.weight": (3, 3)}
+    network = Budgeted((ChannelGroup("g", 3, slots),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
+    plan = make_plan(network, {"g": torch.arange(3.0)}, 11, config())
+    assert (plan.macs_before, plan.macs_after) == (12, 2 + 4)
+
+
+def test_ties_are_settled_by_order():
+    network = chain(4, 6, 6, 4)
+    even = {"g1": torch.ones(6), "g2": torch.ones(6)}
+    plans = [make_plan(network, scores, 60, config()) for scores in (even, even, dict(reversed(even.items())))]
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0].keep["g1"] == tuple(range(6 - len(plans[0].keep["g1"]), 6))
+
+
+def test_the_plan_says_by_what_it_was_made():
+    plan = make_plan(chain(3, 6, 2), {"g1": torch.arange(6.0)}, 20, config(criterion="taylor", merge="nearest"))
+    assert (plan.criterion, plan.merge, plan.dropped) == ("taylor", "nearest", ())
+    assert plan.groups == chain(3, 6, 2).groups
+
+
+# Floors
+
+
+@pytest.mark.parametrize("least", [1, 2, 5, 7])
+def test_no_group_goes_below_its_floor(least):
+    network = chain(3, 10, 6, 2)
+    settings = config(min_channels=least)
+    target = smallest_macs(network, settings)
+    plan = make_plan(network, random_scores(network, 0), target, settings)
+    assert widths(plan) == {"g1": least, "g2": min(least, 6)}
+    assert plan.macs_after == target == macs(network, {"g1": least, "g2": min(least, 6)})
+
+
+def test_widths_are_multiples():
+    network = chain(3, 20, 16, 7, 2)
+    settings = config(round_to=8)
+    for share in (0.9, 0.7, 0.5):
+        plan = make_plan(network, random_scores(network, 1), int(share * network.macs), settings)
+        assert all(width % 8 == 0 or width == {"g1": 20, "g3": 7}.get(name) for name, width in widths(plan).items())
+    assert widths(make_plan(network, {}, smallest_macs(network, settings), settings)) == {"g1": 8, "g2": 8, "g3": 7}
+
+
+@pytest.mark.parametrize("settings", [config(), config(round_to=4, min_channels=3), CampHiVeConfig()], ids=str)
+@pytest.mark.parametrize("network", [residual(), residual((5, 4), 8)], ids=["small", "large"])
+def test_the_error_states_the_smallest_that_can_be_reached(network, settings):
+    least = smallest_macs(network, settings)
+    with pytest.raises(PlanError) as caught:
+        make_plan(network, random_scores(network, 3), least - 1, settings)
+    message = str(caught.value)
+    assert f"the smallest that can be reached is {least:,} ({least / network.macs:.1%}); raise target_macs" in message
+    assert ("set scope to all" in message) == (settings.scope == "interior")
+    assert make_plan(network, random_scores(network, 3), least, settings).macs_after == least
+
+
+def test_a_budget_that_is_met_already():
+    network = chain(3, 6, 2)
+    with pytest.raises(PlanError, match="already has 30 MACs per image, the budget is 30; lower target_macs"):
+        make_plan(network, {}, 30, config())
+
+
+def test_frozen_groups_stay():
+    network = chain(3, 6, 6, 2)
+    frozen = (ChannelGroup("g1", 6, network.groups[0].slots, "its output is returned"), network.groups[1])
+    network = Budgeted(frozen, (), frozenset(), network.positions, network.shapes)
+    plan = make_plan(network, {}, smallest_macs(network, config()), config())
+    assert widths(plan) == {"g1": 6, "g2": 1}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ((), r"\(it has none\)"),
+        ((group("g1", 6, "conv0", "conv1", "output of the network"),), r"\(g1: output of the network\)"),
+    ],
+)
+def test_nothing_to_prune(groups, message):
+    network = chain(3, 6, 2)
+    network = Budgeted(groups, (), frozenset(), network.positions, network.shapes)
+    for work in (lambda: make_plan(network, {}, 10, config()), lambda: smallest_macs(network, config())):
+        with pytest.raises(
+            PlanError, match=f"no channel group of this network can be pruned {message}; choose another"
+        ):
+            work()
+
+
+# Blocks and branches
+
+
+def test_interior_scope_leaves_what_lies_between_blocks():
+    network = residual()
+    interior = make_plan(network, {}, smallest_macs(network, CampHiVeConfig()), CampHiVeConfig())
+    assert interior.keep["stream"] == (0, 1, 2, 3) and interior.dropped == ("block",)
+    everything = make_plan(network, {}, smallest_macs(network, config()), config())
+    assert len(everything.keep["stream"]) == 1
+    assert smallest_macs(network, CampHiVeConfig()) == 10 * (4 * 3 + 5 * 4)  # stem and head alone
+    assert smallest_macs(network, config()) == 10 * (1 * 3 + 5 * 1)
+
+
+def test_an_emptied_gate_drops_its_branch_and_all_groups_of_it():
+    # a has two worthless channels; b's three are dear. Emptying a loses b's scores as well, and saves the whole branch.
+    network = residual()
+    scores = {"stream": torch.full((4,), 1e9), "a": torch.zeros(2), "b": torch.tensor([3.0, 2.0, 1.0])}
+    first = make_plan(network, scores, network.macs - 1, config())
+    assert widths(first) == {"stream": 4, "a": 1, "b": 3} and first.dropped == ()
+    plan = make_plan(network, scores, first.macs_after - 1, config())
+    # b's cheapest: 1.0 / 10 (1 + 4); dropping all: 6.0 / 10 (4 + 3 + 12). 0.02 < 0.032: b goes first.
+    assert widths(plan) == {"stream": 4, "a": 1, "b": 2}
+    scores["b"] = torch.tensor([1.0, 1.0, 1.0])  # 3.0 / 190 = 0.0158 < 1.0 / 50
+    plan = make_plan(network, scores, first.macs_after - 1, config())
+    assert widths(plan) == {"stream": 4, "a": 0, "b": 0} and plan.dropped == ("block",)
+    assert plan.macs_after == 10 * (4 * 3 + 5 * 4) == macs(network, widths(plan))
+
+
+def test_min_channels_is_no_floor_of_a_gate():
+    settings = config(min_channels=2)
+    plan = make_plan(residual(), {}, smallest_macs(residual(), settings), settings)
+    assert widths(plan) == {"stream": 2, "a": 0, "b": 0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_budgets_with_branches_are_never_exceeded(seed):
+    chance = random.Random(seed)
+    network = residual((chance.randint(1, 9), chance.randint(1, 9)), chance.randint(2, 9))
+    settings = config(round_to=chance.choice([1, 1, 2]))
+    for _ in range(10):
+        target = chance.randint(smallest_macs(network, settings), network.macs - 1)
+        plan = make_plan(network, random_scores(network, chance.randrange(10**6)), target, settings)
+        kept = widths(plan)
+        assert plan.macs_after == macs(network, kept) <= target
+        assert (plan.dropped == ("block",)) == (kept["a"] == 0) == (kept["b"] == 0)
+
+
+# Pairs
+
+
+def test_cyclic_pairs_by_hand():
+    scores = torch.tensor([0.1, 0.9, 0.4, 0.8, 0.3, 0.2])
+    # Kept by rank: 1, 3; removed by rank: 2, 4, 5, 0.
+    assert cyclic_pairs(scores, (1, 3)) == ((2, 1), (4, 3), (5, 1), (0, 3))
+    assert cyclic_pairs(scores, range(6)) == () == cyclic_pairs(scores, ())
+    assert cyclic_pairs(torch.ones(4), (2, 3)) == ((0, 2), (1, 3))  # ties by position
