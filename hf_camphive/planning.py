@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf, isfinite, prod
 
 from torch import Tensor
 
@@ -95,6 +95,11 @@ class _Removal:
         self.score: dict[str, list[float]] = {}
         for name, group in self.groups.items():
             values = scores[name].double().tolist() if name in scores else [0.0] * group.size
+            if not all(map(isfinite, values)):
+                raise PlanError(
+                    f"the scores of group {name!r} are not all numbers; look for NaN in the network's weights or the "
+                    "calibration images, or choose another criterion"
+                )
             self.ranking[name] = sorted(range(group.size), key=values.__getitem__)
             self.score[name] = [values[c] for c in self.ranking[name]]
         self.branch_of_gate = {gate: branch for branch in network.branches for gate in branch.gates}

@@ -293,3 +293,10 @@ def test_cyclic_pairs_by_hand():
     assert cyclic_pairs(scores, (1, 3)) == ((2, 1), (4, 3), (5, 1), (0, 3))
     assert cyclic_pairs(scores, range(6)) == () == cyclic_pairs(scores, ())
     assert cyclic_pairs(torch.ones(4), (2, 3)) == ((0, 2), (1, 3))  # ties by position
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused(bad):
+    network = chain(3, 4, 5)
+    with pytest.raises(PlanError, match=r"scores of group 'g1' are not all numbers; look for NaN"):
+        make_plan(network, {"g1": torch.tensor([1.0, bad, 2.0, 3.0])}, network.macs // 2, config())
