@@ -2,7 +2,7 @@
 
     python scripts/train_digits_resnet.py
 
-Two minutes on two cores; needs no network and no data. The last epoch counts, and the test split is looked at once.
+A few minutes on two cores; needs no network and no data. The last epoch counts, and the test split is looked at once.
 """
 
 import json
