@@ -600,4 +600,4 @@ def test_real_datasets(net, tmp_path):
     assert loaders.test is None and loaders.info.rows["validation"] == 250
     assert set(read_labels(loaders.validation)) == {0, 217, 482, 491, 497, 566, 569, 571, 574, 701}
     loaders = data.load_loaders(str(DATA / "imagenet_sample"), mobilenet, CampHiVeConfig(), workers=0)
-    assert loaders.train is None and loaders.info.rows == {"calibration": 500, "validation": 500}
+    assert loaders.train is None and loaders.info.rows == {"calibration": 600, "validation": 400}
