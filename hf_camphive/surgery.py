@@ -205,8 +205,8 @@ def _check_same_function(trace: Trace, plan: PrunePlan, masked: State, small: nn
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= _TOLERANCE.get(example.dtype, 1e-1):
         raise PlanError(
-            f"the cut network differs from the masked one (relative error {error:.1e}); nothing was saved. "
-            "Please report this network, or freeze the groups that it has beyond the usual"
+            f"the cut network differs from the masked one (relative error {error:.1e}); nothing was saved; "
+            "please report this network, and prune it with --scope interior meanwhile if that was not set"
         )
 
 
