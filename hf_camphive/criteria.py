@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .curvature import (
     gate_gradients,
     gate_space,
     label_cotangent,
-    power_iteration,
 )
+from .spectrum import State, power_iteration
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,21 @@ Scores = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
+class Memory(Protocol):
+    """Where the state of an iteration outlives an interruption."""
+
+    def load(self) -> State | None: ...
+
+    def save(self, state: State) -> None: ...
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a criterion may look at: the traced network with its weights, and this process's calibration images.
 
     `indices` number the images over all processes, so that what is drawn at random for an image does not depend on how
-    images are spread; `total` counts them, `reduce` sums a tensor over processes.
+    images are spread; `total` counts them, `reduce` sums a tensor over processes. An iteration keeps where it stands in
+    `memory`, and goes on from there.
     """
 
     trace: Trace
@@ -47,6 +57,7 @@ class Evidence:
     config: CampHiVeConfig
     reduce: Reduce = lambda tensor: tensor
     progress: bool = False
+    memory: Memory | None = None
 
     @property
     def gates(self) -> GateSpace:
@@ -98,28 +109,27 @@ def hive(evidence: Evidence) -> Scores:
     images, labels, count = _first_images(evidence)
     product = PRODUCTS[config.curvature]
 
-    def matvec(u: Tensor) -> Tensor:
-        total = torch.zeros_like(u)
+    def matrix(block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
         for x, y in zip(images, labels):
-            total += product(evidence.trace, evidence.state, gates, x, y, u.to(x.device)).to(total)
+            products = [product(evidence.trace, evidence.state, gates, x, y, u) for u in block.to(x.device).T]
+            total += torch.stack(products, dim=1).to(total)
         return evidence.reduce(total) / count
 
+    memory = evidence.memory
     found = power_iteration(
-        matvec,
+        matrix,
         gates.size,
         config.num_eigenpairs,
         steps=config.power_steps,
         tolerance=config.power_tolerance,
         generator=torch.Generator().manual_seed(config.seed),
+        start=memory and memory.load(),
+        keep=memory and memory.save,
         progress=evidence.progress,
     )
     if not found.converged:
-        logger.warning(
-            "power iteration stopped after %d steps at residual %.2g (asked: %.2g); raise power_steps or power_tolerance",
-            found.steps,
-            found.residuals.max(),
-            config.power_tolerance,
-        )
+        logger.warning("hive: %s (power_steps, power_tolerance)", found.verdict)
     return gates.split(0.5 * (found.vectors.double().square() * found.values.double()).sum(1))
 
 

@@ -1,4 +1,4 @@
-"""Second derivatives of the loss with respect to channel gates, and their top eigenpairs.
+"""Second derivatives of the loss with respect to channel gates, by their products with vectors.
 
 A gate m_c = 1 multiplies what the consumers of channel c read; removing c is m_c: 1 -> 0. In gate space a vector has one
 entry a channel (S in all), and
@@ -10,18 +10,15 @@ because the loss depends on m only through the consumer weights m_c * theta_c, w
 traced network's graph (always in eval mode, so that dropout, stochastic depth and batch statistics cannot move H).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from tqdm.auto import tqdm
 
 from .graph import compute, operation
 from .tracing import Trace
-
-MatVec = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,54 +165,3 @@ def gauss_newton_product(
 
 
 PRODUCTS = {"hessian": hessian_product, "gauss-newton": gauss_newton_product}
-
-
-@dataclass(frozen=True)
-class Eigenpairs:
-    """Top eigenpairs, largest |value| first: values [k], vectors [S, k], residuals ||A v - lambda v|| / |lambda| [k]."""
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    steps: int
-    converged: bool
-
-
-def power_iteration(
-    product: MatVec,
-    size: int,
-    k: int,
-    *,
-    steps: int,
-    tolerance: float,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-) -> Eigenpairs:
-    """Top k eigenpairs of a symmetric matrix by block power iteration with Rayleigh-Ritz.
-
-    V <- eigenvectors of A in span(A V). CAMP-HiVe (arXiv:2511.06265) with k = 1. Stops when every residual is at most
-    `tolerance`: the scores use the vectors, and an eigenvalue settles long before its vector does. `product` maps one
-    vector [S] to A @ v.
-    """
-    k = min(k, size)
-    start = torch.randn(size, k, generator=generator, dtype=torch.float64).to(dtype)
-    basis = torch.linalg.qr(start).Q
-    found = None
-    for step in _steps(steps, progress):
-        image = torch.stack([product(v) for v in basis.T], dim=1)
-        values, mix = torch.linalg.eigh((basis.T @ image + image.T @ basis) / 2)
-        order = values.abs().argsort(descending=True)
-        values, mix = values[order], mix[:, order]
-        vectors, image = basis @ mix, image @ mix
-        scale = values.abs().clamp_min(torch.finfo(dtype).tiny)
-        residuals = (image - vectors * values).norm(dim=0) / scale
-        found = Eigenpairs(values, vectors, residuals, step, bool((residuals <= tolerance).all()))
-        if found.converged or not image.any():
-            break
-        basis = torch.linalg.qr(image).Q
-    return found
-
-
-def _steps(steps: int, progress: bool) -> Iterator[int]:
-    return iter(tqdm(range(1, steps + 1), desc="Power iteration", unit="step", disable=not progress, leave=False))

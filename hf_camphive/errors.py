@@ -27,3 +27,7 @@ class OutputError(CampHiVeError, OSError):
 
 class TrainingError(CampHiVeError, RuntimeError):
     """Training that cannot go on, such as a loss that is not a number."""
+
+
+class CurvatureError(CampHiVeError, RuntimeError):
+    """Curvature that cannot be worked out, such as products that are not numbers."""

@@ -23,7 +23,7 @@ from . import hub
 from .branches import droppable_branches, exterior_groups
 from .calibration import Calibration
 from .config import CampHiVeConfig
-from .criteria import CRITERIA, Evidence, Scores
+from .criteria import CRITERIA, Evidence, Memory, Scores
 from .data import Loaders
 from .errors import ConfigError, ModelError, PlanError
 from .graph import named_tensors
@@ -33,7 +33,7 @@ from .plan import PrunePlan
 from .planning import Budgeted, make_plan, smallest_macs
 from .plots import draw_plots
 from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
-from .resume import Progress, load_progress, save_progress, training_folder
+from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
 from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
@@ -82,10 +82,11 @@ class CampHiVePruner:
 
     # The two halves of a cycle
 
-    def plan(self, calibration: Batches | Calibration) -> PrunePlan:
+    def plan(self, calibration: Batches | Calibration, memory: Memory | None = None) -> PrunePlan:
         """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
 
-        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. Raises `PlanError` on a budget that cannot be
+        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. A criterion that iterates keeps where it
+        stands in `memory`, and goes on from there. Raises `PlanError` on a budget that cannot be
         met, and on a network with nothing to prune.
         """
         calibration = self._collected(calibration)
@@ -104,6 +105,7 @@ class CampHiVePruner:
                 self.config,
                 self._reduce,
                 self._progress,
+                memory,
             )
             self.scores = CRITERIA[self.config.criterion](evidence)
         with self._timed("plan"):
@@ -152,7 +154,8 @@ class CampHiVePruner:
     ) -> PruneReport:
         """Prune in `config.cycles` cycles, finetune, evaluate before and after; returns the report (also `report`).
 
-        With a `work_dir`, what was done so far is kept there, and `resume` goes on from it.
+        With a `work_dir`, what was done so far is kept there, and `resume` goes on from it, also in the midst of an
+        iteration that scores.
         """
         work = Path(work_dir) if work_dir else None
         set_seed(self.config.seed)
@@ -164,11 +167,13 @@ class CampHiVePruner:
         if "dense" not in self.stages:
             self._fit_head(loaders)
             self._evaluate("dense", self.net, loader, split)
+            self._keep(work, loaders, command)
+        memory = IterationMemory(work, self.accelerator.is_main_process) if work else None
         if len(self.plans) < self.config.cycles:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)
         while len(self.plans) < self.config.cycles and not self._budget_met():
-            plan = self.plan(calibration)
+            plan = self.plan(calibration, memory)
             logger.info("Cycle %d of %d:\n%s", len(self.plans) + 1, self.config.cycles, plan.summary())
             self.apply(plan, calibration)
             self._keep(work, loaders, command)

@@ -1,12 +1,16 @@
 """What a run leaves behind so that a killed one can go on: the network after each cycle, and what was measured so far.
 
-Kept as model folders like any other (no pickle); the training state of the finetuning lies beside them.
+Kept as model folders like any other (no pickle). Beside them lie the block of an iteration that scores this network, and
+the training state of the finetuning.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import hub
@@ -15,7 +19,9 @@ from .errors import ConfigError, ModelError
 from .models import BaseModel, load_base
 from .plan import PrunePlan
 from .report import REPORT_FILE, PruneReport, published
+from .spectrum import State
 
+_ITERATION = "iteration.safetensors"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
 
 
@@ -34,8 +40,37 @@ def training_folder(work_dir: Path) -> Path:
     return work_dir / _TRAINING
 
 
+@dataclass(frozen=True)
+class IterationMemory:
+    """Where an iteration for eigenvectors stands, for the network that `save_progress` kept last.
+
+    All processes read it, and the one with `writes` set writes it.
+    """
+
+    work_dir: Path
+    writes: bool = True
+
+    def load(self) -> State | None:
+        """The last state, or None. Raises `ConfigError` where the file is damaged."""
+        path = self.work_dir / _ITERATION
+        try:
+            return load_file(path) if path.exists() else None
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}); remove it, and the iteration starts afresh"
+            ) from error
+
+    def save(self, state: State) -> None:
+        """Replace the last state whole."""
+        if self.writes:
+            path = self.work_dir / _ITERATION
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+
 def save_progress(work_dir: Path, progress: Progress, base: BaseModel, config: CampHiVeConfig) -> None:
     """Write the state of a run, replacing the last one whole; the dense network goes first, so both are there or none."""
+    Path(work_dir, _ITERATION).unlink(missing_ok=True)  # it was that of the network before
     nets: Sequence[tuple[str, nn.Module, tuple[PrunePlan, ...]]] = [(_NETWORK, progress.net, progress.plans)]
     if progress.dense is not None:
         nets = [(_DENSE, progress.dense, ()), *nets]
@@ -44,7 +79,7 @@ def save_progress(work_dir: Path, progress: Progress, base: BaseModel, config: C
 
 
 def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset_id: str) -> Progress | None:
-    """State of a killed run, or None where it had finished no cycle.
+    """State of a killed run, or None where it had kept nothing.
 
     Raises `ConfigError` where that run was another one: another config, model or dataset.
     """

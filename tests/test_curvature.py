@@ -1,6 +1,5 @@
-"""Gate-space curvature against dense Hessians in weight space, and power iteration against known spectra."""
+"""Gate-space curvature against dense Hessians in weight space."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from hf_camphive.curvature import (
     hessian_product,
     label_cotangent,
     lift,
-    power_iteration,
     restrict,
 )
 from hf_camphive.graph import named_tensors
@@ -113,54 +111,3 @@ def test_curvature_cotangents_have_the_covariance_of_the_softmax():
     logits = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64)
     z, p = curvature_cotangent(logits.expand(16, 4), signs), logits.softmax(1)[0]
     torch.testing.assert_close(z.T @ z / 16, torch.diag(p) - torch.outer(p, p), rtol=1e-12, atol=1e-14)
-
-
-def spectrum(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
-    basis = torch.linalg.qr(
-        torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ).Q
-    return basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.T, basis
-
-
-@pytest.mark.parametrize("values", [[5, 3, 1, 0.5, 0.1, 0], [-5, 3, 1, 0.5, 0.1, 0], [4, 4, 1, 0.5, -0.2, 0]])
-@pytest.mark.parametrize("k", [1, 2])
-def test_power_iteration_finds_known_eigenpairs(values, k):
-    matrix, _ = spectrum(values)
-    if k == 1 and abs(values[0]) == abs(values[1]):
-        values = values[:1]  # any vector of the eigenspace will do
-    found = power_iteration(
-        lambda v: matrix @ v,
-        6,
-        k,
-        steps=500,
-        tolerance=1e-8,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
-    assert found.converged
-    np.testing.assert_allclose(found.values.numpy(), values[:k], rtol=1e-8)
-    torch.testing.assert_close(matrix @ found.vectors, found.vectors * found.values, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(
-        found.vectors.T @ found.vectors, torch.eye(k, dtype=torch.float64), rtol=1e-8, atol=1e-8
-    )
-
-
-def test_power_iteration_says_when_it_did_not_converge():
-    matrix, _ = spectrum([1.0, 0.999, 0.5, 0.2, 0.1, 0.0])
-    found = power_iteration(
-        lambda v: matrix @ v,
-        6,
-        1,
-        steps=3,
-        tolerance=1e-8,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
-    assert not found.converged and found.steps == 3 and found.residuals.max() > 1e-8
-    residual = (matrix @ found.vectors - found.vectors * found.values).norm() / found.values.abs()
-    torch.testing.assert_close(found.residuals, residual, rtol=1e-6, atol=1e-12)
-
-
-def test_power_iteration_survives_a_zero_matrix():
-    found = power_iteration(lambda v: 0 * v, 4, 2, steps=9, tolerance=0.1, generator=torch.Generator().manual_seed(0))
-    assert found.values.abs().max() == 0 and found.vectors.isfinite().all()

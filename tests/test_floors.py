@@ -10,7 +10,8 @@ FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
     1: ["graph", "planning", "calibration"],
     2: [
-        *("tracing", "branches", "surgery", "curvature", "criteria", "reconstruction", "merging"),
+        *("tracing", "branches", "surgery", "spectrum", "traces", "curvature", "criteria"),
+        *("reconstruction", "merging"),
         *("report", "plots", "card", "metrics"),
     ],
     3: ["data", "models", "training", "hub"],

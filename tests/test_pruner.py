@@ -29,6 +29,7 @@ from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, count_parameters, measure_latency
+from hf_camphive.resume import IterationMemory
 from hf_camphive.training import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16)
@@ -392,10 +393,11 @@ def kill_after(monkeypatch, owner, name, count):
 
 
 KILLS = {
-    "after the first cycle": (pruner, "save_progress", 1),
+    "before the first cycle": (pruner, "save_progress", 1),
+    "after the first cycle": (pruner, "save_progress", 2),
     "before the second cycle is kept": (pruner, "apply_plan", 2),
-    "after the last cycle": (pruner, "save_progress", 2),
-    "before finetuning": (pruner, "save_progress", 3),
+    "after the last cycle": (pruner, "save_progress", 3),
+    "before finetuning": (pruner, "save_progress", 4),
     "in the first epoch": (training._Job, "run_epoch", 1),
     "after the first epoch": (training._CheckpointStore, "save", 1),
     "after finetuning": (pruner, "finetune", 1),
@@ -441,7 +443,7 @@ def test_a_killed_run_with_a_new_classifier_goes_on_to_the_same_end(colours, tmp
     config = replace(HEAD, criterion="magnitude", merge="none", num_train_epochs=1)
     whole = on_colours(colours, config)
     with monkeypatch.context() as patch:
-        kill_after(patch, pruner, "save_progress", 1)
+        kill_after(patch, pruner, "save_progress", 2)
         with pytest.raises(Killed):
             on_colours(colours, config, work_dir=tmp_path / "work")
     monkeypatch.setattr(pruner, "train_head", lambda *a: pytest.fail("trained the classifier again"))
@@ -461,7 +463,7 @@ def test_resuming_where_nothing_was_kept_is_a_fresh_run(undisturbed, tmp_path):
 def killed(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("killed") / "work"
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, pruner, "save_progress", 1)
+        kill_after(patch, pruner, "save_progress", 2)
         with pytest.raises(Killed):
             pruned(TWO_CYCLES, work_dir=work)
     return work
@@ -496,6 +498,51 @@ def test_a_damaged_state_is_named(killed, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"cannot be resumed.*remove that folder to start afresh"):
         pruned(TWO_CYCLES, work_dir=work, resume=True)
+
+
+HIVE = replace(CONFIG, criterion="hive", merge="none", cycles=2, power_steps=6, power_tolerance=1e-12)
+
+
+@pytest.fixture(scope="module")
+def hived() -> CampHiVePruner:
+    return pruned(HIVE)
+
+
+@pytest.mark.parametrize(("kept", "left"), [(3, 2 + 5), (8, 2)], ids=["first cycle", "second cycle"])
+def test_a_run_killed_in_its_power_iteration_goes_on_from_its_last_block(kept, left, hived, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, IterationMemory, "save", kept)  # 5 saves a cycle: none after the last of the 6 steps
+        with pytest.raises(Killed):
+            pruned(HIVE, work_dir=tmp_path / "work")
+    saves = []
+    monkeypatch.setattr(IterationMemory, "save", lambda memory, state: saves.append(int(state["steps"])))
+    job = pruned(HIVE, work_dir=tmp_path / "work", resume=True)
+    assert len(saves) == left and saves[0] == kept % 5 + 1
+    assert job.plans == hived.plans and same_weights(job.net, hived.net)
+    assert all(torch.equal(job.scores[name], scores) for name, scores in hived.scores.items())
+
+
+def test_a_fresh_run_ignores_the_iteration_of_an_older_one(tmp_path):
+    memory = IterationMemory(tmp_path / "work")
+    memory.work_dir.mkdir()
+    memory.save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
+    assert pruned(replace(HIVE, cycles=1, power_steps=1), work_dir=memory.work_dir).plans
+    assert memory.load() is None
+
+
+def test_a_damaged_iteration_is_named(tmp_path):
+    memory = IterationMemory(tmp_path)
+    memory.save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
+    assert torch.equal(memory.load()["block"], torch.ones(3, 2))
+    path = tmp_path / "iteration.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ConfigError, match=r"iteration\.safetensors cannot be read .*; remove it"):
+        memory.load()
+
+
+def test_only_the_main_process_writes_the_iteration(tmp_path):
+    IterationMemory(tmp_path, writes=False).save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
+    assert list(tmp_path.iterdir()) == []
 
 
 # Several processes
