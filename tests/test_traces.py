@@ -44,7 +44,7 @@ def test_estimates_are_unbiased_and_their_errors_calibrated(many, part):
     scores = (values - truth) / errors
     spread = scores.square().mean(0).sqrt()
     assert (spread > 0.8).all() and (spread < 1.35).all(), spread
-    assert (scores.abs() < 3).double().mean() > 0.98
+    assert (scores.abs() < 3).double().mean() > 0.95
 
 
 @pytest.mark.parametrize("method", METHODS)
