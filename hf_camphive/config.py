@@ -48,9 +48,13 @@ class CampHiVeConfig:
     # Curvature and reconstruction
     calibration_size: int = _option(1024, "Training images that scores and merging look at.")
     curvature: Literal["gauss-newton", "hessian"] = _option("gauss-newton", "The matrix whose eigenpairs `hive` uses.")
+    curvature_classes: int = _option(16, "Likeliest classes of an image that `gauss-newton` looks at (at most all).")
     num_eigenpairs: int = _option(8, "Eigenpairs that `hive` uses.")
-    power_steps: int = _option(20, "Most steps of the power iteration.")
-    power_tolerance: float = _option(0.05, "Stop the power iteration at this residual ||Av - lambda v|| / |lambda|.")
+    eigensolver: Literal["lanczos", "power"] = _option(
+        "lanczos", "Lanczos with full reorthogonalisation, or the paper's power iteration, which needs more products."
+    )
+    power_steps: int = _option(20, "Most steps of the eigensolver.")
+    power_tolerance: float = _option(0.05, "Stop the eigensolver at this residual ||Av - lambda v|| / |lambda|.")
     curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
 
@@ -146,6 +150,7 @@ _AT_LEAST_ONE = (
     "num_eigenpairs",
     "power_steps",
     "curvature_images",
+    "curvature_classes",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

@@ -16,19 +16,22 @@ from tqdm.auto import tqdm
 
 from .config import CampHiVeConfig
 from .curvature import (
-    PRODUCTS,
-    GateSpace,
+    Batch,
+    Curvature,
     curvature_cotangent,
-    gate_gradients,
-    gate_space,
+    factored_curvature,
+    gate_curvature,
+    gauss_newton_factor,
     label_cotangent,
 )
-from .spectrum import State, power_iteration
+from .gates import GateSpace, gate_gradients, gate_space
+from .spectrum import State, lanczos, power_iteration
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
 Scores = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
+EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
 
 
 class Memory(Protocol):
@@ -103,21 +106,12 @@ def hive(evidence: Evidence) -> Scores:
 
     CAMP-HiVe (arXiv:2511.06265): curvature from Hessian-vector products and power iteration. Deviation: the paper takes
     |v_i| of the dominant eigenvector in weight space; the loss of removing channel c is, to second order along the top
-    eigenvectors, the quadratic form above.
+    eigenvectors, the quadratic form above. With all eigenpairs of the Gauss-Newton matrix it is `fisher` without its
+    random signs.
     """
-    config, gates = evidence.config, evidence.gates
-    images, labels, count = _first_images(evidence)
-    product = PRODUCTS[config.curvature]
-
-    def matrix(block: Tensor) -> Tensor:
-        total = torch.zeros_like(block)
-        for x, y in zip(images, labels):
-            products = [product(evidence.trace, evidence.state, gates, x, y, u) for u in block.to(x.device).T]
-            total += torch.stack(products, dim=1).to(total)
-        return evidence.reduce(total) / count
-
-    memory = evidence.memory
-    found = power_iteration(
+    config, gates, memory = evidence.config, evidence.gates, evidence.memory
+    matrix = _gauss_newton(evidence) if config.curvature == "gauss-newton" else _hessian(evidence)
+    found = EIGENSOLVERS[config.eigensolver](
         matrix,
         gates.size,
         config.num_eigenpairs,
@@ -131,6 +125,28 @@ def hive(evidence: Evidence) -> Scores:
     if not found.converged:
         logger.warning("hive: %s (power_steps, power_tolerance)", found.verdict)
     return gates.split(0.5 * (found.vectors.double().square() * found.values.double()).sum(1))
+
+
+def _hessian(evidence: Evidence) -> Curvature:
+    batches, total = _first_batches(evidence)
+    options = {"total": total, "reduce": evidence.reduce, "progress": evidence.progress}
+    return gate_curvature(evidence.trace, evidence.state, evidence.gates, batches, **options)
+
+
+def _gauss_newton(evidence: Evidence) -> Curvature:
+    """The Gauss-Newton matrix by its factor: a backward pass a class, and eigenpairs for nothing."""
+    batches, total = _first_batches(evidence)
+    trace, gates = evidence.trace, evidence.gates
+    classes = min(evidence.config.curvature_classes, trace.graph.logits.meta["val"].shape[-1])
+    rows, shares = [], torch.zeros((), dtype=torch.float64)
+    for images, _ in tqdm(batches, "Score (hive)", unit="batch", disable=not evidence.progress, leave=False):
+        factor, share = gauss_newton_factor(trace, evidence.state, gates, images, classes)
+        rows.append(factor)
+        shares += share.sum().cpu()
+    logger.info(
+        "hive: %d classes hold %.1f %% of the softmax's curvature", classes, 100 * evidence.reduce(shares) / total
+    )
+    return factored_curvature(rows, gates.size, total, reduce=evidence.reduce)
 
 
 def magnitude(evidence: Evidence) -> Scores:
@@ -161,15 +177,14 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def _first_images(evidence: Evidence) -> tuple[list[Tensor], list[Tensor], float]:
+def _first_batches(evidence: Evidence) -> tuple[list[Batch], int]:
     """This process's part of the first `curvature_images` calibration images, and their number over all processes."""
     share = evidence.config.curvature_images / max(evidence.total, 1)
     budget = min(sum(map(len, evidence.images)), round(share * sum(map(len, evidence.images))))
-    images, labels = [], []
-    for x, y in zip(evidence.images, evidence.labels):
+    batches = []
+    for images, labels in zip(evidence.images, evidence.labels):
         if budget > 0:
-            images.append(x[:budget])
-            labels.append(y[:budget])
-            budget -= len(images[-1])
-    count = float(evidence.reduce(torch.tensor([float(sum(map(len, images)))], dtype=torch.float64)))
-    return images, labels, count
+            batches.append((images[:budget], labels[:budget]))
+            budget -= len(batches[-1][0])
+    count = torch.tensor([float(sum(len(images) for images, _ in batches))], dtype=torch.float64)
+    return batches, int(evidence.reduce(count))

@@ -1,123 +1,196 @@
-"""Second derivatives of the loss with respect to channel gates, by their products with vectors.
+"""Curvature of the loss, known by its products: Hessian and Gauss-Newton matrices over weights or over channel gates.
 
-A gate m_c = 1 multiplies what the consumers of channel c read; removing c is m_c: 1 -> 0. In gate space a vector has one
-entry a channel (S in all), and
-
-    gate gradient  g_c = <theta_c, dL/dtheta>          theta_c: the consumer slices of channel c
-    gate Hessian   A = lift^T H lift,  lift(u) = sum_c u_c theta_c
-
-because the loss depends on m only through the consumer weights m_c * theta_c, which are linear in m. Pure functions of a
-traced network's graph (always in eval mode, so that dropout, stochastic depth and batch statistics cannot move H).
+A `Curvature` maps a block of vectors V [n, k] to A V, A the mean over calibration images, and so feeds every solver of
+`spectrum.py` and `traces.py`. In gate space a product differentiates twice in reverse: convolutions are linear and their
+weights stay put, so a pass forward and one back serve all k vectors, and each vector needs one more of both. In weight
+space it is forward over reverse. Small nets of classes have a third way: J^T R J in gate space has the explicit factor
+of `gauss_newton_factor`, one backward pass a class, after which products cost nothing.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm.auto import tqdm
 
-from .graph import compute, operation
+from .errors import CurvatureError
+from .gates import GatedRun, GateSpace, gate_gradients, gated_run
 from .tracing import Trace
+
+logger = logging.getLogger(__name__)
+Matrix = Literal["hessian", "gauss-newton"]
+Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
+Point = tuple[Tensor, ...]  # where the loss is differentiated: all gates, or some weights
+Logits = Callable[[Point, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class GateSpace:
-    """Which gate multiplies which input position of which layer.
+class Curvature:
+    """A V [n, k] (or A v [n]) for the mean curvature A over `total` images, of which this process holds `batches`.
 
-    `slices[group]` are the group's gates among all S; `inputs[weight]` is [C_in] with the gate of each input channel of
-    the layers that use this weight, S where it has none.
+    `multiply(images, labels, V)` is the sum over a batch. `reduce` sums a tensor over processes, once a product; all of
+    them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way.
     """
 
     size: int
-    slices: Mapping[str, slice]
-    inputs: Mapping[str, Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
+    batches: Sequence[Batch]
+    total: int
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    progress: bool = False
 
-    def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Values of all gates [S] as one tensor [C] a group."""
-        return {name: values[where] for name, where in self.slices.items()}
-
-
-def gate_space(trace: Trace, state: Mapping[str, Tensor]) -> GateSpace:
-    """Gates for every group that is not frozen."""
-    free = [group for group in trace.groups if not group.frozen]
-    size = sum(group.size for group in free)
-    slices: dict[str, slice] = {}
-    inputs: dict[str, Tensor] = {}
-    start = 0
-    for group in free:
-        slices[group.name] = slice(start, start + group.size)
-        for slot in group.consumers():
-            gates = inputs.setdefault(slot.tensor, torch.full((state[slot.tensor].shape[1],), size))
-            gates[torch.tensor(slot.index)] = torch.arange(start, start + group.size).repeat_interleave(
-                len(slot.index) // group.size
-            )
-        start += group.size
-    return GateSpace(size, slices, inputs)
+    def __call__(self, vectors: Tensor) -> Tensor:
+        block = vectors[:, None] if vectors.dim() == 1 else vectors
+        total = torch.zeros(block.shape, dtype=torch.float64)
+        for images, labels in tqdm(self.batches, "Product", unit="batch", disable=not self.progress, leave=False):
+            with torch.autocast(images.device.type, enabled=False):
+                product = self.multiply(images, labels, block.to(images.device, images.dtype))
+            total += product.detach().cpu().double()
+        return (self.reduce(total) / self.total).to(vectors).view_as(vectors)
 
 
-def lift(gates: GateSpace, state: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
-    """lift(u) = sum_c u_c theta_c: a direction in weight space, {consumer weight: tensor}, from one in gate space [S]."""
-    padded = torch.cat([u, u.new_zeros(1)])  # inputs without a gate have no direction
-    return {
-        name: state[name] * padded[index].view(1, -1, *[1] * (state[name].dim() - 2))
-        for name, index in gates.inputs.items()
-    }
+def gate_curvature(
+    trace: Trace,
+    state: Mapping[str, Tensor],
+    gates: GateSpace,
+    batches: Sequence[Batch],
+    matrix: Matrix = "hessian",
+    **options,
+) -> Curvature:
+    """lift^T H lift, or lift^T J^T R J lift, [S, S]; `options` are those of `Curvature`."""
+
+    def multiply(images: Tensor, labels: Tensor, block: Tensor) -> Tensor:
+        run = gated_run(trace, state, gates, images)
+        return (_gate_hessian if matrix == "hessian" else _gate_gauss_newton)(run, labels, block)
+
+    return Curvature(gates.size, multiply, batches, **_counted(batches, options))
 
 
-def restrict(gates: GateSpace, state: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
-    """lift^T: <theta_c, direction> for every gate, [S]."""
-    total = torch.zeros(gates.size + 1, dtype=next(iter(direction.values())).dtype)
-    for name, index in gates.inputs.items():
-        products = (state[name] * direction[name]).movedim(1, 0).flatten(1).sum(1)
-        total.index_add_(0, index, products)
-    return total[:-1]
+def _gate_hessian(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
+    """A V [S, k], summed over a batch: the gradient of <dL/dm, v> for each column v, the first derivative shared."""
+    with torch.enable_grad():
+        loss = F.cross_entropy(run.logits, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, run.m, create_graph=True)
+    return torch.stack([torch.autograd.grad(gradient, run.m, v, retain_graph=True)[0] for v in block.T], dim=1)
 
 
-def gated_logits(trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, m: Tensor, images: Tensor) -> Tensor:
-    """Logits [N, K] with gates m, [S] for all images or [N, S] for each."""
-    graph = trace.graph
-    padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
-    values: dict[fx.Node, object] = graph.bind(state) | {graph.image: images}
-    last_use = {used: node for node in graph.operations for used in node.all_input_nodes}
-    for node in graph.operations:
-        index = gates.inputs.get(graph.tensors.get(node.args[1])) if operation(node) in ("conv2d", "linear") else None
-        if index is None:
-            values[node] = compute(node, values)
+def _gate_gauss_newton(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
+    """J^T R J V [S, k], summed over a batch; labels play no part."""
+    outputs = run.logits.detach()
+    return torch.stack([run.transposed(_softmax_curvature(outputs, run.tangent(v))) for v in block.T], dim=1)
+
+
+@dataclass(frozen=True)
+class WeightSpace:
+    """Weights of a network as one vector: names and shapes, in the order in which they are laid end to end."""
+
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def size(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def split(self, vector: Tensor) -> Point:
+        parts = vector.split([shape.numel() for shape in self.shapes.values()])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes.values()))
+
+    def join(self, tensors: Point) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def weight_curvature(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    matrix: Matrix = "hessian",
+    names: Iterable[str] | None = None,
+    compiled: bool = False,
+    **options,
+) -> tuple[Curvature, WeightSpace]:
+    """H or J^T R J [P, P] over the weights `names` of a network (all that are trained), and how its vectors are laid out.
+
+    Forward over reverse; where an operation of the network has no forward derivative, reverse over reverse, which costs
+    more. `compiled` sends the product through `torch.compile`. `options` are those of `Curvature`.
+
+    Raises `CurvatureError` where the loss is a moving target, see `check_deterministic`.
+    """
+    batches = check_deterministic(net, batches)
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    chosen = (
+        [name for name, weight in net.named_parameters() if weight.requires_grad] if names is None else list(names)
+    )
+    if unknown := [name for name in chosen if name not in tensors]:
+        raise CurvatureError(
+            f"the network has no weight {unknown[0]!r}; name some of {', '.join(list(tensors)[:5])}, ..."
+        )
+    fixed = {name: tensor.detach() for name, tensor in tensors.items() if name not in chosen}
+    space = WeightSpace({name: tensors[name].shape for name in chosen})
+
+    point = tuple(tensors[name].detach() for name in chosen)
+
+    def logits(point: Point, images: Tensor) -> Tensor:
+        return torch.func.functional_call(net, {**fixed, **dict(zip(chosen, point))}, (images,))
+
+    ways = [_FORWARD[matrix], _REVERSE[matrix]]
+    if compiled:
+        ways[0] = torch.compile(ways[0])
+
+    def multiply(images: Tensor, labels: Tensor, block: Tensor) -> Tensor:
+        arguments = (logits, point, images, labels, [space.split(v) for v in block.T])
+        if len(ways) > 1:
+            try:
+                products = ways[0](*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:
+                products = ways[1](*arguments)
+                del ways[0]
+                logger.info("differentiating twice in reverse, since forward over reverse failed: %s", error)
         else:
-            source = node.args[0]
-            values[node] = compute(node, values | {source: _gated(values[source], padded, index, node)})
-        for used in node.all_input_nodes:
-            if last_use[used] is node and used is not graph.logits:
-                del values[used]
-    return values[graph.logits]
+            products = ways[0](*arguments)
+        return torch.stack([space.join(v) for v in products], dim=1)
+
+    return Curvature(space.size, multiply, batches, **_counted(batches, options)), space
 
 
-def _gated(x: Tensor, padded: Tensor, index: Tensor, node: fx.Node) -> Tensor:
-    """x times the gate of each of its channels; a grouped convolution reads its gates once per convolution group."""
-    scale = padded[..., index]
-    if operation(node) == "linear":
-        return x * (scale if scale.dim() == 1 else scale.view(len(scale), *[1] * (x.dim() - 2), -1))
-    repeats = x.shape[1] // len(index)
-    return x * scale.repeat(*[1] * (scale.dim() - 1), repeats)[..., None, None]
-
-
-def gate_gradients(
+def gauss_newton_factor(
     trace: Trace,
     state: Mapping[str, Tensor],
     gates: GateSpace,
     images: Tensor,
-    cotangent: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """g_n = J_n^T z_n for each image, [N, S], in one backward pass without a loop over images.
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows Z [classes * N, S] with Z^T Z = J^T R J summed over a batch, and the share of trace(R) that they hold [N].
 
-    J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
-    `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
+    R = sum_c p_c (e_c - p)(e_c - p)^T over all classes c, so one backward pass with the cotangent sqrt(p_c) (e_c - p)
+    gives class c's row of every image. Of each image the likeliest `classes` are taken: all of them make it exact, fewer
+    leave out what the network all but rules out.
     """
-    m = torch.ones(len(images), gates.size, dtype=images.dtype, device=images.device, requires_grad=True)
-    with torch.enable_grad():
-        logits = gated_logits(trace, state, gates, m, images)
-        return torch.autograd.grad(logits, m, cotangent(logits.detach()).to(logits))[0]
+    shares = []
+
+    def cotangent(logits: Tensor, rank: int) -> Tensor:
+        p = logits.double().softmax(1)
+        chosen = p.argsort(dim=1, descending=True, stable=True)[:, rank]
+        z = (F.one_hot(chosen, p.shape[1]) - p) * p.gather(1, chosen[:, None]).sqrt()
+        shares.append(z.square().sum(1) / (1 - p.square().sum(1)).clamp_min(torch.finfo(p.dtype).tiny))
+        return z
+
+    rows = gate_gradients(trace, state, gates, images, *(partial(cotangent, rank=rank) for rank in range(classes)))
+    return rows.reshape(-1, gates.size), torch.stack(shares).sum(0)
+
+
+def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options) -> Curvature:
+    """Z^T Z / total [S, S] from the rows that `gauss_newton_factor` gave for each batch."""
+
+    def multiply(rows: Tensor, _: Tensor, block: Tensor) -> Tensor:
+        return rows.T @ (rows @ block)
+
+    return Curvature(size, multiply, [(rows, rows) for rows in factors], total, **options)
 
 
 def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
@@ -136,32 +209,115 @@ def curvature_cotangent(logits: Tensor, signs: Tensor) -> Tensor:
     return s - p * s.sum(1, keepdim=True)
 
 
-def hessian_product(
-    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, labels: Tensor, u: Tensor
-) -> Tensor:
-    """A @ u [S] for the summed cross-entropy of a batch, by forward-over-reverse differentiation."""
+def check_deterministic(net: nn.Module, batches: Iterable[Batch]) -> Sequence[Batch]:
+    """The batches as a list, once it is sure that every product will see the same network and the same images.
 
-    def gradient(m: Tensor) -> Tensor:
-        return torch.func.grad(
-            lambda m: F.cross_entropy(gated_logits(trace, state, gates, m, images), labels, reduction="sum")
-        )(m)
+    Raises `CurvatureError` for dropout, stochastic depth and norms in training mode, wrappers that cannot be differentiated
+    twice (DistributedDataParallel, FSDP, DeepSpeed), loaders that shuffle, and weights in half precision.
+    """
+    kind = type(net).__name__
+    if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
+        raise CurvatureError(
+            f"the network is wrapped in {kind}, whose hooks do not survive a second derivative (and shards are not whole "
+            "weights); pass accelerator.unwrap_model(net), and share the images between the processes instead"
+        )
+    moving = [name or kind for name, module in net.named_modules() if module.training and _moves(module)]
+    if moving:
+        raise CurvatureError(
+            f"{', '.join(map(repr, moving[:3]))}{' ...' if len(moving) > 3 else ''} in training mode would make each "
+            "product one of another Hessian; call net.eval() first"
+        )
+    short = sorted(
+        {str(weight.dtype) for weight in net.parameters() if weight.dtype in (torch.float16, torch.bfloat16)}
+    )
+    if short:
+        raise CurvatureError(f"weights in {short[0]} are too coarse for second derivatives; call net.float() first")
+    if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
+        raise CurvatureError(
+            "the loader shuffles, so that each product would see other batches; pass shuffle=False, or a list of batches"
+        )
+    batches = [tuple(batch.values())[:2] if isinstance(batch, Mapping) else tuple(batch) for batch in batches]
+    if not batches:
+        raise CurvatureError("there are no images to take the curvature at; give at least one batch")
+    return batches
 
-    return torch.func.jvp(gradient, (torch.ones_like(u),), (u,))[1]
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a module in training mode draws at random, or looks at the whole batch."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return True
+    drawn = getattr(
+        module, "p", getattr(module, "drop_prob", None)
+    )  # nn.Dropout and its kin; timm's and torchvision's
+    return isinstance(drawn, float) and drawn > 0
 
 
-def gauss_newton_product(
-    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, labels: Tensor, u: Tensor
-) -> Tensor:
-    """J^T R J @ u [S], summed over a batch: J the Jacobian of the logits, R = diag(p) - p p^T. Labels play no part."""
+def _counted(batches: Sequence[Batch], options: dict) -> dict:
+    return {"total": sum(len(images) for images, _ in batches), **options}
 
-    def logits(m: Tensor) -> Tensor:
-        return gated_logits(trace, state, gates, m, images)
 
-    ones = torch.ones_like(u)
-    outputs, forward = torch.func.jvp(logits, (ones,), (u,))
+def _loss(logits: Logits, point: Point, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits(point, images), labels, reduction="sum")
+
+
+def _softmax_curvature(outputs: Tensor, tangent: Tensor) -> Tensor:
+    """R t = p * (t - <p, t>) for each row: the Hessian of the cross-entropy in the logits, times a tangent [N, K]."""
     p = outputs.softmax(dim=1)
-    inner = p * (forward - (p * forward).sum(dim=1, keepdim=True))
-    return torch.func.vjp(logits, ones)[1](inner)[0]
+    return p * (tangent - (p * tangent).sum(dim=1, keepdim=True))
 
 
-PRODUCTS = {"hessian": hessian_product, "gauss-newton": gauss_newton_product}
+def _forward_hessian(
+    logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
+) -> list[Point]:
+    """H v summed over a batch for each direction: the derivative of the gradient along v (Pearlmutter 1994)."""
+
+    def gradient(*point: Tensor) -> Point:
+        return torch.func.grad(lambda point: _loss(logits, point, images, labels))(point)
+
+    return [torch.func.jvp(gradient, point, direction)[1] for direction in directions]
+
+
+def _forward_gauss_newton(
+    logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
+) -> list[Point]:
+    """J^T R J v summed over a batch for each direction; labels play no part."""
+    outputs, transposed = torch.func.vjp(lambda *point: logits(point, images), *point)
+    products = []
+    for direction in directions:
+        _, tangent = torch.func.jvp(lambda *point: logits(point, images), point, direction)
+        products.append(transposed(_softmax_curvature(outputs, tangent)))
+    return products
+
+
+def _reverse_hessian(
+    logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
+) -> list[Point]:
+    """H v summed over a batch: the gradient of <dL/dm, v> for each direction, the first derivative shared."""
+    with torch.enable_grad():
+        point = tuple(tensor.detach().requires_grad_() for tensor in point)
+        gradient = torch.autograd.grad(_loss(logits, point, images, labels), point, create_graph=True)
+        return [
+            torch.autograd.grad(gradient, point, v, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for v in directions
+        ]
+
+
+def _reverse_gauss_newton(
+    logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
+) -> list[Point]:
+    """J^T R J v summed over a batch for each direction: J v is the derivative of w -> J^T w, which is linear."""
+    products = []
+    with torch.enable_grad():
+        point = tuple(tensor.detach().requires_grad_() for tensor in point)
+        outputs = logits(point, images)
+        w = torch.zeros_like(outputs, requires_grad=True)
+        transposed = torch.autograd.grad(outputs, point, w, create_graph=True)
+        for v in directions:
+            (tangent,) = torch.autograd.grad(transposed, w, v, retain_graph=True)
+            inner = _softmax_curvature(outputs.detach(), tangent)
+            products.append(torch.autograd.grad(outputs, point, inner, retain_graph=True))
+    return products
+
+
+_FORWARD = {"hessian": _forward_hessian, "gauss-newton": _forward_gauss_newton}
+_REVERSE = {"hessian": _reverse_hessian, "gauss-newton": _reverse_gauss_newton}

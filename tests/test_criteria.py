@@ -8,7 +8,8 @@ from toys import ToyResNet, images, randomise
 
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA, Evidence
-from hf_camphive.curvature import gate_gradients, gate_space, gated_logits, label_cotangent
+from hf_camphive.curvature import label_cotangent
+from hf_camphive.gates import gate_gradients, gate_space
 from hf_camphive.graph import named_tensors
 from hf_camphive.tracing import trace_network
 
@@ -79,7 +80,7 @@ def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
     subject = evidence()
     gates = gate_space(subject.trace, subject.state)
     x = torch.cat(subject.images)
-    p = gated_logits(subject.trace, subject.state, gates, torch.ones(gates.size, dtype=x.dtype), x).softmax(1)
+    p = subject.trace.graph.run(subject.state, x)[0].softmax(1)
     gradients = [
         gate_gradients(
             subject.trace, subject.state, gates, x, lambda z, k=k: label_cotangent(z, torch.full((len(z),), k))

@@ -1,113 +1,371 @@
-"""Gate-space curvature against dense Hessians in weight space."""
+"""Products with the curvature of the loss against dense matrices, over gates and over weights, and what is refused."""
+
+import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, debug_launcher
+from scipy.sparse.linalg import LinearOperator, eigsh
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from toys import Chain, ToyResNet, images, randomise
 
 from hf_camphive.curvature import (
     curvature_cotangent,
-    gate_gradients,
-    gate_space,
-    gated_logits,
-    gauss_newton_product,
-    hessian_product,
+    factored_curvature,
+    gate_curvature,
+    gauss_newton_factor,
     label_cotangent,
-    lift,
-    restrict,
+    weight_curvature,
 )
+from hf_camphive.errors import CurvatureError
+from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
 from hf_camphive.graph import named_tensors
+from hf_camphive.spectrum import lanczos
+from hf_camphive.traces import hutchinson
 from hf_camphive.tracing import trace_network
+
+NETS = {
+    "residual": lambda: ToyResNet(nn.Tanh),
+    "flatten": lambda: Chain(),
+    "grouped": lambda: Chain(groups=2),
+    "norm after add": lambda: NormAfterAdd(),
+}
+MATRICES = ("hessian", "gauss-newton")
+
+
+class NormAfterAdd(nn.Module):
+    """What cannot be folded: a norm that reads a sum, one whose convolution has a second reader, "same" padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding="same"), nn.Conv2d(6, 6, 1)
+        self.norm, self.last, self.head = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).tanh()
+        y = self.two(x)
+        return self.head((self.last(self.norm(x + y) + y)).sigmoid().mean((2, 3)))
 
 
 def case(net: nn.Module, count: int = 5):
+    torch.manual_seed(0)
     net = randomise(net)
     trace = trace_network(net, (3, 8, 8))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
-    labels = torch.arange(count) % 3
-    return trace, state, gate_space(trace, state), images(count), labels
+    return trace, state, gate_space(trace, state), images(count), torch.arange(count) % 3
 
 
-def dense_hessian(trace, state, names: list[str], x: Tensor, labels: Tensor) -> Tensor:
-    """Hessian of the summed loss in the weights `names`, flattened: [P, P]."""
+def logits_at(trace, state, gates, m: Tensor, x: Tensor) -> Tensor:
+    """The oracle: gates as factors of the consumers' weights, in the graph as it was traced."""
+    return trace.graph.run({**state, **lift(gates, state, m)}, x)[0]
+
+
+def softmax_curvature(logits: Tensor) -> Tensor:
+    p = logits.softmax(1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+
+def dense_gate_matrix(trace, state, gates, x: Tensor, labels: Tensor, matrix: str) -> Tensor:
+    ones = torch.ones(gates.size, dtype=torch.float64)
+    if matrix == "hessian":
+        return torch.func.hessian(lambda m: F.cross_entropy(logits_at(trace, state, gates, m, x), labels))(ones)
+    jacobian = torch.func.jacrev(lambda m: logits_at(trace, state, gates, m, x))(ones)
+    outer = softmax_curvature(logits_at(trace, state, gates, ones, x))
+    return torch.einsum("nks,nkl,nlt->st", jacobian, outer, jacobian) / len(x)
+
+
+def block(size: int, columns: int = 3) -> Tensor:
+    return torch.randn(size, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("net", NETS)
+def test_gate_products_equal_the_dense_matrix(net, matrix):
+    trace, state, gates, x, labels = case(NETS[net]())
+    v = block(gates.size)
+    expected = dense_gate_matrix(trace, state, gates, x, labels, matrix) @ v
+    found = gate_curvature(trace, state, gates, [(x, labels)], matrix)
+    torch.testing.assert_close(found(v), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found(v[:, 1]), expected[:, 1], rtol=1e-10, atol=1e-12)
+    assert expected.abs().max() > 1e-4
+
+
+def test_gate_hessian_is_lift_transposed_times_hessian_times_lift():
+    trace, state, gates, x, labels = case(ToyResNet(nn.Tanh))
+    names = list(gates.inputs)
     sizes = [state[name].numel() for name in names]
 
+    def parts(flat: Tensor) -> dict[str, Tensor]:
+        return {name: part.view(state[name].shape) for name, part in zip(names, flat.split(sizes))}
+
     def loss(flat: Tensor) -> Tensor:
-        parts = {n: p.view(state[n].shape) for n, p in zip(names, flat.split(sizes))}
-        return F.cross_entropy(trace.graph.run({**state, **parts}, x)[0], labels, reduction="sum")
+        return F.cross_entropy(trace.graph.run({**state, **parts(flat)}, x)[0], labels)
 
-    return torch.func.hessian(loss)(torch.cat([state[name].reshape(-1) for name in names]))
-
-
-@pytest.mark.parametrize("net", [ToyResNet(nn.Tanh), Chain(), Chain(groups=2)], ids=["residual", "flatten", "grouped"])
-def test_gate_hessian_is_lift_transposed_times_hessian_times_lift(net):
-    trace, state, gates, x, labels = case(net)
-    names = list(gates.inputs)
-    u = torch.randn(gates.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    lifted = lift(gates, state, u)
-    flat = torch.cat([lifted[name].reshape(-1) for name in names])
-    product = dense_hessian(trace, state, names, x, labels) @ flat
-    parts = {n: p.view(state[n].shape) for n, p in zip(names, product.split([state[n].numel() for n in names]))}
-    expected = restrict(gates, state, parts)
-    found = hessian_product(trace, state, gates, x, labels, u)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert expected.abs().max() > 1e-3
+    hessian = torch.func.hessian(loss)(torch.cat([state[name].reshape(-1) for name in names]))
+    u = block(gates.size, 1)[:, 0]
+    lifted = torch.cat([lift(gates, state, u)[name].reshape(-1) for name in names])
+    found = gate_curvature(trace, state, gates, [(x, labels)])(u)
+    torch.testing.assert_close(found, restrict(gates, state, parts(hessian @ lifted)), rtol=1e-10, atol=1e-12)
 
 
-def test_gates_multiply_what_consumers_read_wherever_a_channel_is_read():
-    trace, state, gates, x, _ = case(ToyResNet())
-    m = 1 + 0.3 * torch.randn(gates.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    scaled = {**state, **lift(gates, state, m)}
-    torch.testing.assert_close(
-        gated_logits(trace, state, gates, m, x), trace.graph.run(scaled, x)[0], rtol=1e-12, atol=1e-12
-    )
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("net", NETS)
+def test_a_run_is_differentiated_forward_and_back(net, each):
+    trace, state, gates, x, _ = case(NETS[net]())
+    ones, u = torch.ones(gates.size, dtype=torch.float64), block(gates.size, 1)[:, 0]
+    run = gated_run(trace, state, gates, x, each)
+    expected, tangent = torch.func.jvp(lambda m: logits_at(trace, state, gates, m, x), (ones,), (u,))
+    torch.testing.assert_close(run.logits, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(run.tangent(u.expand(run.m.shape)), tangent, rtol=1e-10, atol=1e-12)
+    z = block(len(x), 3)
+    found = run.transposed(z)
+    torch.testing.assert_close((found * u).sum(), (z * tangent).sum(), rtol=1e-10, atol=1e-12)
 
 
-def test_products_are_symmetric_linear_and_sum_over_any_batches():
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_products_are_symmetric_linear_and_the_same_for_any_batches(matrix):
     trace, state, gates, x, labels = case(ToyResNet(nn.Tanh), 7)
-    generator = torch.Generator().manual_seed(2)
-    u, v = torch.randn(2, gates.size, generator=generator, dtype=torch.float64)
-    for product in (hessian_product, gauss_newton_product):
-        whole = product(trace, state, gates, x, labels, u)
-        parts = sum(product(trace, state, gates, a, b, u) for a, b in zip(x.split([1, 4, 2]), labels.split([1, 4, 2])))
-        torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-12)
-        other = product(trace, state, gates, x, labels, v)
-        torch.testing.assert_close(v @ whole, u @ other, rtol=1e-10, atol=1e-12)
-        both = product(trace, state, gates, x, labels, 2 * u - 3 * v)
-        torch.testing.assert_close(both, 2 * whole - 3 * other, rtol=1e-10, atol=1e-11)
+    whole = gate_curvature(trace, state, gates, [(x, labels)], matrix)
+    split = list(zip(x.split([1, 4, 2]), labels.split([1, 4, 2])))
+    v = block(gates.size)
+    product = whole(v)
+    torch.testing.assert_close(v.T @ product, product.T @ v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        whole(2 * v[:, 0] - 3 * v[:, 1]), 2 * product[:, 0] - 3 * product[:, 1], rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(gate_curvature(trace, state, gates, split, matrix)(v), product, rtol=1e-11, atol=1e-13)
 
 
-def test_gauss_newton_product_equals_the_explicit_matrix():
+def test_the_factor_with_all_classes_is_the_gauss_newton_matrix():
     trace, state, gates, x, labels = case(ToyResNet())
-    ones = torch.ones(gates.size, dtype=torch.float64)
-    jacobian = torch.func.jacrev(lambda m: gated_logits(trace, state, gates, m, x))(ones)
-    p = gated_logits(trace, state, gates, ones, x).softmax(1)
-    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    matrix = torch.einsum("nks,nkl,nlt->st", jacobian, curvature, jacobian)
-    u = torch.randn(gates.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    found = gauss_newton_product(trace, state, gates, x, labels, u)
-    torch.testing.assert_close(found, matrix @ u, rtol=1e-10, atol=1e-12)
+    rows, share = gauss_newton_factor(trace, state, gates, x, classes=3)
+    expected = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
+    torch.testing.assert_close(rows.T @ rows / len(x), expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-12, atol=0)
+    parts = [rows[:4], rows[4:]]
+    v = block(gates.size)
+    torch.testing.assert_close(factored_curvature(parts, gates.size, len(x))(v), expected @ v, rtol=1e-10, atol=1e-13)
+
+
+def test_the_factor_with_few_classes_leaves_out_the_unlikely_ones():
+    trace, state, gates, x, labels = case(ToyResNet())
+    matrix = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
+    p = trace.graph.run(state, x)[0].softmax(1)
+    before = torch.zeros(len(x), dtype=torch.float64)
+    for classes in (1, 2):
+        rows, share = gauss_newton_factor(trace, state, gates, x, classes)
+        left = torch.linalg.eigvalsh(matrix - rows.T @ rows / len(x))
+        assert left.min() > -1e-12 and left.max() > 1e-6
+        assert (share > before).all() and (share < 1).all()
+        before = share
+    top = p.argmax(1)
+    z = F.one_hot(top, 3) - p
+    expected = p.amax(1) * z.square().sum(1) / (1 - p.square().sum(1))
+    torch.testing.assert_close(gauss_newton_factor(trace, state, gates, x, 1)[1], expected, rtol=1e-12, atol=0)
 
 
 def test_per_image_gate_gradients_equal_a_loop_over_images():
     trace, state, gates, x, labels = case(Chain(groups=2))
     ones = torch.ones(gates.size, dtype=torch.float64)
     loop = [
-        torch.func.grad(lambda m, a=a, b=b: F.cross_entropy(gated_logits(trace, state, gates, m, a), b))(ones)
+        torch.func.grad(lambda m, a=a, b=b: F.cross_entropy(logits_at(trace, state, gates, m, a), b))(ones)
         for a, b in zip(x.split(1), labels.split(1))
     ]
-    torch.testing.assert_close(
-        gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels)),
-        torch.stack(loop),
-        rtol=1e-10,
-        atol=1e-12,
-    )
+    found = gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels))
+    torch.testing.assert_close(found, torch.stack(loop), rtol=1e-10, atol=1e-12)
+    twice = gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels), lambda z: z)
+    torch.testing.assert_close(twice[0], found, rtol=0, atol=0)
+    assert twice.shape == (2, *found.shape)
 
 
 def test_curvature_cotangents_have_the_covariance_of_the_softmax():
     """Over all sign patterns, exactly: E[z z^T] = diag(p) - p p^T."""
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)
     logits = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64)
-    z, p = curvature_cotangent(logits.expand(16, 4), signs), logits.softmax(1)[0]
-    torch.testing.assert_close(z.T @ z / 16, torch.diag(p) - torch.outer(p, p), rtol=1e-12, atol=1e-14)
+    z = curvature_cotangent(logits.expand(16, 4), signs)
+    torch.testing.assert_close(z.T @ z / 16, softmax_curvature(logits)[0], rtol=1e-12, atol=1e-14)
+
+
+class NoForwardDerivative(torch.autograd.Function):
+    """tanh whose author wrote a derivative for reverse mode only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(y := x.tanh())
+        return y
+
+    @staticmethod
+    def backward(ctx, z):
+        (y,) = ctx.saved_tensors
+        return z * (1 - y**2)
+
+
+class Small(nn.Module):
+    """Convolution, norm, residual add: few enough weights for a dense Hessian."""
+
+    def __init__(self, act=torch.tanh) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+        self.head, self.act = nn.Linear(3, 3), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        return self.head((x + self.act(self.conv(x))).mean((2, 3)))
+
+
+def small(act=torch.tanh) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return randomise(Small(act)), images(4), torch.arange(4) % 3
+
+
+def dense_weight_matrix(net: nn.Module, names: list[str], x: Tensor, labels: Tensor, matrix: str) -> Tensor:
+    weights = dict(net.named_parameters())
+    sizes = [weights[name].numel() for name in names]
+
+    def logits(flat: Tensor) -> Tensor:
+        parts = {name: part.view(weights[name].shape) for name, part in zip(names, flat.split(sizes))}
+        return torch.func.functional_call(net, parts, (x,))
+
+    point = torch.cat([weights[name].detach().reshape(-1) for name in names])
+    if matrix == "hessian":
+        return torch.func.hessian(lambda flat: F.cross_entropy(logits(flat), labels))(point)
+    jacobian = torch.func.jacrev(logits)(point)
+    return torch.einsum("nkp,nkl,nlq->pq", jacobian, softmax_curvature(logits(point)), jacobian) / len(x)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_weight_products_equal_the_dense_matrix(matrix):
+    net, x, labels = small()
+    found, space = weight_curvature(net, zip(x.split([1, 3]), labels.split([1, 3])), matrix)
+    v = block(space.size)
+    expected = dense_weight_matrix(net, list(space.shapes), x, labels, matrix) @ v
+    torch.testing.assert_close(found(v), expected, rtol=1e-10, atol=1e-12)
+    some, _ = weight_curvature(net, [(x, labels)], matrix, names=["conv.weight", "norm.bias"])
+    v = block(some.size)
+    expected = dense_weight_matrix(net, ["conv.weight", "norm.bias"], x, labels, matrix) @ v
+    torch.testing.assert_close(some(v), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_an_operation_without_forward_derivative_is_differentiated_in_reverse_and_said_once(matrix, caplog):
+    net, x, labels = small()
+    other = small(NoForwardDerivative.apply)[0]
+    expected, space = weight_curvature(net, [(x, labels)], matrix)
+    found, _ = weight_curvature(other, [(x, labels)], matrix)
+    v = block(space.size)
+    with caplog.at_level(logging.INFO, "hf_camphive.curvature"):
+        torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
+        found(v)
+    assert len([record for record in caplog.records if "in reverse" in record.message]) == 1
+
+
+def test_an_error_that_both_ways_share_is_the_user_s_to_see():
+    net, x, labels = small()
+    found, space = weight_curvature(net, [(x[:, :2], labels)])
+    with pytest.raises(RuntimeError, match="channels"):
+        found(block(space.size))
+
+
+@pytest.mark.slow
+def test_compiled_products_are_the_same():
+    net, x, labels = small()
+    expected, space = weight_curvature(net, [(x, labels)])
+    found, _ = weight_curvature(net, [(x, labels)], compiled=True)
+    torch.testing.assert_close(found(block(space.size)), expected(block(space.size)), rtol=1e-8, atol=1e-10)
+
+
+def test_products_are_in_full_precision_whatever_surrounds_them():
+    trace, state, gates, x, labels = case(ToyResNet())
+    state, x = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, x.float()
+    product = gate_curvature(trace, state, gates, [(x, labels)], "gauss-newton")
+    v = block(gates.size).float()
+    expected = product(v)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(product(v), expected, rtol=0, atol=0)
+
+
+def test_eigenpairs_equal_those_of_scipy_on_the_same_operator():
+    trace, state, gates, x, labels = case(ToyResNet(nn.Tanh))
+    product = gate_curvature(trace, state, gates, [(x, labels)])
+    generator = torch.Generator().manual_seed(0)
+    found = lanczos(product, gates.size, 3, steps=9, tolerance=1e-9, generator=generator, dtype=torch.float64)
+    operator = LinearOperator(
+        (gates.size, gates.size), matvec=lambda v: product(torch.tensor(v).flatten()).numpy(), dtype=float
+    )
+    expected = torch.tensor(eigsh(operator, 3, which="LM", tol=1e-12)[0].copy())
+    torch.testing.assert_close(found.values.sort().values, expected.sort().values, rtol=1e-8, atol=1e-12)
+
+
+def test_hutchinson_is_within_its_error_of_the_exact_trace():
+    trace, state, gates, x, labels = case(ToyResNet(nn.Tanh))
+    exact = dense_gate_matrix(trace, state, gates, x, labels, "hessian").trace()
+    product = gate_curvature(trace, state, gates, [(x, labels)])
+    found = hutchinson(product, gates.size, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).trace
+    assert 0 < found.error < 0.5 * exact.abs() and abs(found.value - exact) < 3 * found.error
+
+
+def products_for_all_sizes(accelerator: Accelerator | None = None) -> list[Tensor]:
+    trace, state, gates, x, labels = case(Chain(), 29)
+    found = []
+    for count in (*range(1, 8), 16, 29):
+        rows = list(zip(x[:count].split(1), labels[:count].split(1)))
+        options = {"total": count}
+        if accelerator is not None:
+            options["reduce"] = accelerator.reduce
+            with accelerator.split_between_processes(rows) as share:
+                rows = share
+        found.append(gate_curvature(trace, state, gates, rows, "hessian", **options)(block(gates.size)))
+    return found
+
+
+def check_share_of_processes(expected: list[Tensor]) -> None:
+    torch.set_num_threads(1)
+    for one, several in zip(expected, products_for_all_sizes(Accelerator(cpu=True)), strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_products_of_one_for_any_number_of_rows(processes):
+    debug_launcher(check_share_of_processes, (products_for_all_sizes(),), num_processes=processes)
+
+
+def refused(net: nn.Module, batches, message: str) -> None:
+    with pytest.raises(CurvatureError, match=message):
+        weight_curvature(net, batches)
+
+
+def test_what_would_make_the_hessian_a_moving_target_is_refused():
+    net, x, labels = small()
+    batches = [(x, labels)]
+    refused(net.train(), batches, r"'norm' in training mode .* net.eval\(\)")
+    net.eval()
+    for layer in (nn.Dropout(0.1), DropPath(0.1)):
+        refused(nn.Sequential(net, layer.train()), batches, "'1' in training mode")
+        weight_curvature(nn.Sequential(net, layer.eval()), batches)
+    weight_curvature(nn.Sequential(net, nn.Dropout(0.0).train()), batches)
+    refused(net, DataLoader(batches, shuffle=True), "the loader shuffles")
+    refused(net, [], "no images")
+    with pytest.raises(CurvatureError, match="no weight 'fc'"):
+        weight_curvature(net, batches, names=["fc"])
+    refused(net.bfloat16(), batches, "bfloat16 are too coarse")
+
+
+def test_wrapped_networks_are_refused(tmp_path):
+    net, x, labels = small()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        refused(nn.parallel.DistributedDataParallel(net), [(x, labels)], "wrapped in DistributedDataParallel")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_batches_of_a_loader_may_be_dictionaries():
+    net, x, labels = small()
+    loader = DataLoader([{"pixel_values": a, "labels": b} for a, b in zip(x, labels)], batch_size=3)
+    found, space = weight_curvature(net, loader)
+    expected, _ = weight_curvature(net, [(x, labels)])
+    torch.testing.assert_close(found(block(space.size)), expected(block(space.size)), rtol=1e-11, atol=1e-13)

@@ -1,0 +1,289 @@
+"""Channel gates: the space of S numbers in which channels are scored, and the network as a function of its gates.
+
+A gate m_c = 1 multiplies what the consumers of channel c read; removing c is m_c: 1 -> 0. In gate space a vector has one
+entry a channel, and the loss depends on m only through the consumer weights m_c * theta_c, which are linear in m:
+
+    gate gradient  g_c = <theta_c, dL/dtheta>          theta_c: the consumer slices of channel c
+    gate Hessian   A   = lift^T H lift,  lift(u) = sum_c u_c theta_c
+
+Pure functions of a traced network's graph (always in eval mode, so that dropout, stochastic depth and batch statistics
+cannot move the loss).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .graph import Graph, compute, operation
+from .tracing import Trace
+
+
+@dataclass(frozen=True)
+class GateSpace:
+    """Which gate multiplies which input position of which layer.
+
+    `slices[group]` are the group's gates among all S; `inputs[weight]` is [C_in] with the gate of each input channel of
+    the layers that use this weight, S where it has none.
+    """
+
+    size: int
+    slices: Mapping[str, slice]
+    inputs: Mapping[str, Tensor]
+
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """Values of all gates [S] as one tensor [C] a group."""
+        return {name: values[where] for name, where in self.slices.items()}
+
+
+def gate_space(trace: Trace, state: Mapping[str, Tensor]) -> GateSpace:
+    """Gates for every group that is not frozen."""
+    free = [group for group in trace.groups if not group.frozen]
+    size = sum(group.size for group in free)
+    slices: dict[str, slice] = {}
+    inputs: dict[str, Tensor] = {}
+    start = 0
+    for group in free:
+        slices[group.name] = slice(start, start + group.size)
+        for slot in group.consumers():
+            gates = inputs.setdefault(slot.tensor, torch.full((state[slot.tensor].shape[1],), size))
+            gates[torch.tensor(slot.index)] = torch.arange(start, start + group.size).repeat_interleave(
+                len(slot.index) // group.size
+            )
+        start += group.size
+    return GateSpace(size, slices, inputs)
+
+
+def lift(gates: GateSpace, state: Mapping[str, Tensor], u: Tensor) -> dict[str, Tensor]:
+    """lift(u) = sum_c u_c theta_c: a direction in weight space, {consumer weight: tensor}, from one in gate space [S]."""
+    padded = torch.cat([u, u.new_zeros(1)])  # inputs without a gate have no direction
+    return {
+        name: state[name] * padded[index].view(1, -1, *[1] * (state[name].dim() - 2))
+        for name, index in gates.inputs.items()
+    }
+
+
+def restrict(gates: GateSpace, state: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
+    """lift^T: <theta_c, direction> for every gate, [S]."""
+    total = torch.zeros(gates.size + 1, dtype=next(iter(direction.values())).dtype)
+    for name, index in gates.inputs.items():
+        products = (state[name] * direction[name]).movedim(1, 0).flatten(1).sum(1)
+        total.index_add_(0, index, products)
+    return total[:-1]
+
+
+@dataclass(frozen=True)
+class GatedRun:
+    """A batch of images sent through the network with all gates at 1, ready to be differentiated there.
+
+    `m` are the gates, [S] for all images or [N, S] for each; `logits` [N, K] depend on them for autograd (but on no weight).
+    """
+
+    m: Tensor
+    logits: Tensor
+    _gates: GateSpace
+    _graph: Graph
+    _values: Mapping[fx.Node, object]
+    _maps: Mapping[fx.Node, "AffineMap"]
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J^T z, like m, for z [N, K]: one pass back."""
+        return torch.autograd.grad(self.logits, self.m, z.to(self.logits), retain_graph=True)[0]
+
+    def tangent(self, u: Tensor) -> Tensor:
+        """J u [N, K] for u [S] or [N, S]: one pass forward, of derivatives only."""
+        padded = torch.cat([u, torch.zeros_like(u[..., :1])], dim=-1)
+        tangents: dict[fx.Node, Tensor] = {}
+        for node in self._graph.operations:
+            moving = {source: tangents[source] for source in node.all_input_nodes if source in tangents}
+            if (index := _gate_index(self._graph, self._gates, node)) is not None:
+                source = node.args[0]
+                change = self._values[source].detach() * _aligned(padded, index, node, self._values[source])
+                moving[source] = change + moving[source] if source in moving else change
+            if moving and node in self._maps:
+                tangents[node] = self._maps[node].linear(moving[node.args[0]])
+            elif moving:
+                tangents[node] = self._tangent_of(node, moving)
+        return tangents[self._graph.logits]
+
+    def _tangent_of(self, node: fx.Node, moving: Mapping[fx.Node, Tensor]) -> Tensor:
+        at = {source: self._values[source].detach() for source in moving}
+
+        def value(*inputs: Tensor) -> object:
+            return compute(node, {**self._values, **dict(zip(moving, inputs))})
+
+        with torch.no_grad():
+            return torch.func.jvp(value, tuple(at.values()), tuple(moving.values()))[1]
+
+
+def gated_run(
+    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, each: bool = False
+) -> GatedRun:
+    """Run the network with all gates at 1, one set of them for all images or one for `each`."""
+    graph, maps = trace.graph, _affine_maps(trace.graph, state)
+    shape = (len(images), gates.size) if each else (gates.size,)
+    m = torch.ones(shape, dtype=images.dtype, device=images.device, requires_grad=True)
+    padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
+    values: dict[fx.Node, object] = graph.bind(state) | {graph.image: images}
+    with torch.enable_grad():
+        for node in graph.operations:
+            seen = values
+            if (index := _gate_index(graph, gates, node)) is not None:
+                x = values[node.args[0]]
+                seen = values | {node.args[0]: _Gate.apply(x, _aligned(padded, index, node, x))}
+            values[node] = maps[node](seen[node.args[0]]) if node in maps else compute(node, seen)
+    return GatedRun(m, values[graph.logits], gates, graph, values, maps)
+
+
+def gate_gradients(
+    trace: Trace,
+    state: Mapping[str, Tensor],
+    gates: GateSpace,
+    images: Tensor,
+    *cotangents: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """g_n = J_n^T z_n for each image and cotangent, [N, S] or [Z, N, S] of several, one backward pass each and no loop over images.
+
+    J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
+    `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
+    """
+    run = gated_run(trace, state, gates, images, each=True)
+    found = [run.transposed(cotangent(run.logits.detach())) for cotangent in cotangents]
+    return found[0] if len(found) == 1 else torch.stack(found)
+
+
+def _gate_index(graph: Graph, gates: GateSpace, node: fx.Node) -> Tensor | None:
+    """Gates of what a layer reads, [C_in]; None for an operation that is no layer or reads no gated channel."""
+    return gates.inputs.get(graph.tensors.get(node.args[1])) if operation(node) in ("conv2d", "linear") else None
+
+
+def _aligned(padded: Tensor, index: Tensor, node: fx.Node, x: Tensor) -> Tensor:
+    """The gate of each channel of x, in a shape that multiplies x; a grouped convolution reads its gates once per group."""
+    scale = padded[..., index]
+    if operation(node) == "linear":
+        return scale.view(*scale.shape[:-1], *[1] * (x.dim() - scale.dim()), -1)
+    return scale.repeat(*[1] * (scale.dim() - 1), x.shape[1] // len(index))[..., None, None]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """x -> f(x) = linear(x) + constant in closed form: a convolution of the graph, the norm that alone reads it folded in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Mapping[str, object]
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, **self.geometry)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        affine = partial(F.conv2d, weight=self.weight, bias=self.bias, **self.geometry)
+        return _Affine.apply(x, affine, self.linear, partial(self._adjoint, tuple(x.shape)))
+
+    def _adjoint(self, shape: tuple[int, ...], z: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_input(shape, self.weight, z, **self.geometry)
+
+    def then(self, gain: Tensor, shift: Tensor) -> "AffineMap":
+        """f followed by gain * y + shift on each output channel."""
+        bias = shift if self.bias is None else shift + gain * self.bias
+        return AffineMap(self.weight * gain.view(-1, 1, 1, 1), bias, self.geometry)
+
+
+class _Same:
+    """What is left of a norm that was folded into the convolution before it."""
+
+    @staticmethod
+    def linear(x: Tensor) -> Tensor:
+        return x
+
+    __call__ = staticmethod(linear)
+
+
+def _affine_maps(graph: Graph, state: Mapping[str, Tensor]) -> dict[fx.Node, AffineMap | _Same]:
+    """Convolutions with the norm that alone reads them folded in, and those norms as the identity.
+
+    Gates multiply what a convolution reads, so folding leaves the function of the gates as it is and saves each pass the
+    norms. Autograd is told the linear part and its adjoint: it would spend further passes on weights that stay put.
+    """
+    users = Counter(used for node in graph.operations for used in node.all_input_nodes)
+    maps: dict[fx.Node, AffineMap | _Same] = {}
+    for node in graph.operations:
+        if operation(node) == "conv2d" and not isinstance(_argument(node, 4, 0), str):
+            weight, bias = (_tensor(graph, state, _argument(node, i)) for i in (1, 2))
+            if weight is not None and (bias is None) == (_argument(node, 2) is None):
+                keys = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 5, 1), ("groups", 6, 1))
+                maps[node] = AffineMap(weight, bias, {key: _argument(node, i, default) for key, i, default in keys})
+        elif operation(node) == "batch_norm" and isinstance(before := maps.get(node.args[0]), AffineMap):
+            gain, shift, mean, variance = (_tensor(graph, state, _argument(node, i)) for i in (1, 2, 3, 4))
+            if users[node.args[0]] == 1 and None not in (gain, shift, mean, variance):
+                gain = gain * torch.rsqrt(variance + node.args[7])
+                maps[node.args[0]], maps[node] = before.then(gain, shift - gain * mean), _Same()
+    return maps
+
+
+def _tensor(graph: Graph, state: Mapping[str, Tensor], node: object) -> Tensor | None:
+    """The weight or buffer that an argument names; None for any other argument."""
+    return state[graph.tensors[node]] if isinstance(node, fx.Node) and node in graph.tensors else None
+
+
+def _argument(node: fx.Node, position: int, default: object = None) -> object:
+    return node.args[position] if len(node.args) > position else default
+
+
+class _Affine(torch.autograd.Function):
+    """y = f(x), f affine, with its linear part and adjoint: a derivative of any order is one of these."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, f, linear, adjoint):
+        return f(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.linear, ctx.adjoint = inputs
+
+    @staticmethod
+    def backward(ctx, z):
+        return _Affine.apply(z, ctx.adjoint, ctx.adjoint, ctx.linear), None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    """y = m x at m = 1, where it is x: its derivatives need one pass over x where those of a product need two or three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, m):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, z):
+        return _GateAdjoint.apply(z, *ctx.saved_tensors)
+
+
+class _GateAdjoint(torch.autograd.Function):
+    """(m z, <z, x> for each gate) at m = 1: what `_Gate` sends back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, x, m):
+        return z.view_as(z), (z * x).sum_to_size(m.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, y, u):
+        z, x, m = ctx.saved_tensors
+        return torch.addcmul(y, x, u), z * u, (y * z).sum_to_size(m.shape)
