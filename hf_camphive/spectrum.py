@@ -95,7 +95,7 @@ def power_iteration(
     if start is not None:
         done, basis = int(start["steps"]), _kept(start["block"], size, width).to(dtype).to(device)
     else:
-        basis = torch.linalg.qr(random_block(size, width, generator, dtype, device)).Q
+        basis = _orthonormal(random_block(size, width, generator, dtype, device))
     with progress_bar("Power iteration", "step", steps, done, progress) as bar:
         for step in count(done + 1):
             image = checked(product, basis, f"power iteration, step {step}")
@@ -109,7 +109,7 @@ def power_iteration(
             bar.set_postfix_str(f"residual {residuals.max():.1e}")
             if outcome is Outcome.CONVERGED or step >= steps:
                 break
-            basis = torch.linalg.qr(image).Q
+            basis = _orthonormal(image)
             if keep is not None:
                 keep({"block": basis, "steps": torch.tensor(step)})
     found = (values[:k].to(basis), vectors[:, :k], residuals.to(basis))
@@ -152,7 +152,7 @@ def lanczos(
         generator.set_state(start["generator"])
     else:
         done, projected = 0, torch.zeros(0, 0, dtype=torch.float64)
-        basis = torch.linalg.qr(random_block(size, width, generator, dtype, device)).Q
+        basis = _orthonormal(random_block(size, width, generator, dtype, device))
     with progress_bar("Lanczos", "step", steps, done, progress) as bar:
         for step in count(done + 1):
             newest = basis[:, len(projected) :]
@@ -168,7 +168,7 @@ def lanczos(
             enough = len(values) == k and outcome is Outcome.CONVERGED
             if enough or step >= steps or basis.shape[1] == size:
                 break
-            basis = torch.cat([basis, _next_block(rest, basis, rounding, generator)], dim=1)
+            basis = torch.cat([basis, _next_block(rest, basis, rounding, generator)], dim=1).contiguous()
             if keep is not None:
                 keep(
                     {
@@ -281,6 +281,11 @@ def _kept(block: Tensor, size: int, width: int | None = None) -> Tensor:
     return block
 
 
+def _orthonormal(block: Tensor) -> Tensor:
+    """An orthonormal basis of a block's span, laid out as it is read from a file: products round alike after a resumption."""
+    return torch.linalg.qr(block).Q.contiguous()
+
+
 def _symmetric(matrix: Tensor, scale: Tensor, where: str) -> Tensor:
     """(M + M^T) / 2. Raises `CurvatureError` where M is not symmetric by far more than rounding of something of size `scale`."""
     difference = (matrix - matrix.T).norm()
@@ -313,7 +318,7 @@ def _judge(errors: Tensor, values: Tensor, tolerance: float, rounding: float) ->
     open_ = residuals > tolerance
     if not open_.any():
         return residuals, Outcome.CONVERGED
-    return residuals, Outcome.ROUNDING if (errors[open_] <= 10 * rounding).all() else Outcome.STEPS
+    return residuals, Outcome.ROUNDING if (errors[open_] <= rounding).all() else Outcome.STEPS
 
 
 def _bordered(projected: Tensor, columns: Tensor) -> Tensor:
