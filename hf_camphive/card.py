@@ -26,8 +26,13 @@ _CAPTIONS = {  # in the order of the card
 _CRITERIA = {
     "fisher": "the Fisher information of a gate on each channel (mean squared gradient / 2)",
     "hive": f"the curvature of the loss along its leading eigenvectors, found by power iteration, after {PAPER}",
+    "hive-paper": f"the entries of the dominant eigenvector of the loss's curvature at their filters, after {PAPER}",
+    "hap": "the trace of the loss's curvature on their filters, times the filters' squared norm (HAP, arXiv:2101.08940)",
+    "sosp-h": "the loss's gradient and one product with its curvature (SOSP-H, arXiv:2110.11395)",
+    "sosp-i": "the loss's gradient and curvature, greedily, with terms between channels (SOSP-I, arXiv:2110.11395)",
     "taylor": "the first-order change of the loss",
     "magnitude": "the norm of their weights",
+    "bn-scale": "the gain of their BatchNorm",
     "random": "chance, as a baseline",
 }
 _MERGES = {
@@ -37,6 +42,15 @@ _MERGES = {
     "cyclic-ls": f"removed channels were merged into kept ones in the cyclic pairs of {PAPER}, weighted by the data",
     "cyclic": f"removed channels were merged into kept ones in the cyclic pairs of {PAPER}, with weight 0.5",
     "none": "removed channels were dropped without merging",
+}
+_THRESHOLDS = {
+    "adaptive": ", per MAC",
+    "global": "",
+    "percentile": ", within their own group: every group lost the same share",
+}
+_WEIGHT_MERGES = {
+    "cyclic": "half of each was added to a kept weight of the same tensor, in cyclic pairs by rank",
+    "none": "nothing was merged",
 }
 _BIBTEX = """\
 ```bibtex
@@ -85,7 +99,10 @@ def _metadata(report: PruneReport, name: str) -> ModelCardData:
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
-        "tags": ["timm", "pruning", "structured-pruning", "camphive"],
+        "tags": [
+            *("timm", "pruning", "unstructured-pruning" if _zeroes_weights(report) else "structured-pruning"),
+            "camphive",
+        ],
         "license": report.license,  # left out when None
     }
     if _is_hub_id(report.model_id):
@@ -115,6 +132,8 @@ def _metadata(report: PruneReport, name: str) -> ModelCardData:
 
 def _summary(report: PruneReport) -> str:
     dense, last = report.stages[0], report.stages[-1]
+    if _zeroes_weights(report):
+        return _zeros_summary(report)
     macs = format_count(dense.footprint.macs), format_count(last.footprint.macs)
     text = (
         f"{_link(report.model_id)} made smaller by structured pruning: whole channels are removed, not set to zero. "
@@ -124,6 +143,22 @@ def _summary(report: PruneReport) -> str:
         return text + "."
     top1 = format_share(dense.accuracy.top1), format_share(last.accuracy.top1)
     return text + f"; top-1 accuracy on {_link(report.dataset_id, 'datasets/')} is {top1[1]} instead of {top1[0]}."
+
+
+def _zeroes_weights(report: PruneReport) -> bool:
+    return report.config.get("granularity") == "weight"
+
+
+def _zeros_summary(report: PruneReport) -> str:
+    dense, last = report.stages[0].accuracy, report.stages[-1].accuracy
+    text = (
+        f"{_link(report.model_id)} with {report.config['sparsity']:.0%} of each layer's weights set to zero. It is no "
+        "smaller and no faster than its base: MACs, time and file size are the same"
+    )
+    if dense is None or last is None:
+        return text + "."
+    top1 = format_share(dense.top1), format_share(last.top1)
+    return text + f". Top-1 accuracy on {_link(report.dataset_id, 'datasets/')} is {top1[1]} instead of {top1[0]}."
 
 
 def _other_readers(source: str) -> str:
@@ -195,8 +230,15 @@ def _table_notes(report: PruneReport) -> str:
 
 def _method(report: PruneReport) -> str:
     criterion, merge = report.config["criterion"], report.config["merge"]
+    if _zeroes_weights(report):
+        return (
+            f"Weights were ranked, tensor by tensor, by the size of their entries in the dominant eigenvector of the "
+            f"loss's curvature, after {PAPER}; of the lowest, which are zero now, {_WEIGHT_MERGES[merge]} "
+            f"(`granularity=weight`, `criterion={criterion}`, `merge={merge}`)."
+        )
+    threshold = _THRESHOLDS[report.config.get("threshold", "adaptive")]
     return (
-        f"Channels were ranked by {_CRITERIA[criterion]}, per MAC; {_MERGES[merge]} "
+        f"Channels were ranked by {_CRITERIA[criterion]}{threshold}; {_MERGES[merge]} "
         f"(`criterion={criterion}`, `merge={merge}`)."
     )
 
@@ -216,7 +258,8 @@ def _steps(report: PruneReport) -> str:
     else:
         settings = _settings(report, "num_train_epochs learning_rate optimizer distillation label_smoothing")
         items.append(f"Finetuned ({settings}); the last epoch is reported, not the best.")
-    settings = _settings(report, "target_macs cycles calibration_size round_to seed")
+    amount = "sparsity" if _zeroes_weights(report) else "target_macs cycles round_to"
+    settings = _settings(report, f"{amount} calibration_size seed")
     items.append(f"Settings: {settings}; all of them in `camphive_config.json`.")
     items.append("Every cut stands in `prune_plan.json`, every figure in `report.json`.")
     revision = f"`{report.revision}`" if report.revision else "not recorded"
@@ -260,7 +303,9 @@ def _limits(report: PruneReport) -> list[str]:
         f"Pruning fits the network to {data}: elsewhere it may lose more than the table shows, "
         "and rare classes may lose more than common ones.",
         "It inherits the biases and the license of its base and of the data.",
-        "MACs are not time: measure latency on your own device.",
+        "Zeros in the weights save nothing on ordinary hardware."
+        if _zeroes_weights(report)
+        else "MACs are not time: measure latency on your own device.",
     ]
 
 

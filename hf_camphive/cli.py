@@ -8,12 +8,12 @@ import logging
 import shlex
 import shutil
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import CampHiVeError, ConfigError
 
@@ -67,6 +67,17 @@ class DataArguments:
 
 
 @dataclass
+class RecipeArguments:
+    """Where the options below start from."""
+
+    preset: Literal[
+        "default", "camphive-paper", "camphive-paper-weights", "hap", "sosp-h", "sosp-i", "group-fisher"
+    ] = _option(
+        "default", "Recipe: sets several of the options below (docs/method.md); those given beside it override it."
+    )
+
+
+@dataclass
 class RunArguments:
     """What to do with the result."""
 
@@ -111,13 +122,17 @@ def prune(arguments: Sequence[str]) -> None:
     """Prune a network, finetune it, save it, and print what came of it."""
     from .config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
 
-    model, data, run, config = _parse("prune", arguments, ModelArguments, DataArguments, RunArguments, CampHiVeConfig)
+    kinds = (ModelArguments, DataArguments, RunArguments, RecipeArguments, CampHiVeConfig)
+    model, data, run, _, config = _parse("prune", arguments, *kinds)
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     if data.streaming and config.num_train_epochs and not data.max_train_samples:
         raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
     if run.dry_run and (run.push_to_hub or run.resume):
         raise ConfigError("--dry-run only plans: there is nothing to push or to resume; leave that option out")
+
+    if run.dry_run and config.granularity == "weight":
+        raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
     from .hub import check_output_folder, push_folder
     from .pruner import CampHiVePruner
@@ -259,12 +274,22 @@ def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, .
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    parser.set_defaults(**_preset(arguments))
     *parsed, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(parsed)
+
+
+def _preset(arguments: Sequence[str]) -> dict[str, Any]:
+    """Defaults that `--preset` sets; none where it is absent, or misspelled (which the parser itself will say)."""
+    from .config import PRESETS
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", nargs="?", default="default")
+    return PRESETS.get(parser.parse_known_args(list(arguments))[0].preset, {})
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

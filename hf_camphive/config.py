@@ -32,27 +32,40 @@ class CampHiVeConfig:
         0.5, "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs)."
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
-    criterion: Literal["fisher", "hive", "taylor", "magnitude", "random"] = _option(
+    criterion: Literal[
+        "fisher", "hive", "hive-paper", "hap", "sosp-h", "sosp-i", "taylor", "magnitude", "bn-scale", "random"
+    ] = _option(
         "fisher", "How channels are scored. `hive` is CAMP-HiVe's curvature; `fisher` measures better for now."
     )
     merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
+    )
+    threshold: Literal["adaptive", "global", "percentile"] = _option(
+        "adaptive",
+        "What goes first: the least score per MAC saved, the least score, or (CAMP-HiVe) the same share of every group.",
     )
     scope: Literal["interior", "all"] = _option(
         "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
     )
     round_to: int = _option(1, "Keep widths that are multiples of this (8 suits most hardware).")
     min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
+    granularity: Literal["channel", "weight"] = _option(
+        "channel", "Cut channels, or zero single weights as CAMP-HiVe does, which saves neither MACs nor time."
+    )
+    sparsity: float = _option(0.5, "With granularity weight: share of each tensor's weights that becomes zero.")
     seed: int = _option(0, "Seed of everything drawn at random: the same seed gives the same plan.")
 
     # Curvature and reconstruction
     calibration_size: int = _option(1024, "Training images that scores and merging look at.")
-    curvature: Literal["gauss-newton", "hessian"] = _option("gauss-newton", "The matrix whose eigenpairs `hive` uses.")
+    curvature: Literal["gauss-newton", "hessian"] = _option(
+        "gauss-newton", "The matrix that `hive`, `hive-paper`, `hap` and `sosp-h` take for the loss's curvature."
+    )
     curvature_classes: int = _option(16, "Likeliest classes of an image that `gauss-newton` looks at (at most all).")
     num_eigenpairs: int = _option(8, "Eigenpairs that `hive` uses.")
     eigensolver: Literal["lanczos", "power"] = _option(
         "lanczos", "Lanczos with full reorthogonalisation, or the paper's power iteration, which needs more products."
     )
+    hutchinson_probes: int = _option(32, "Random vectors of `hap`'s trace estimate.")
     power_steps: int = _option(20, "Most steps of the eigensolver.")
     power_tolerance: float = _option(0.05, "Stop the eigensolver at this residual ||Av - lambda v|| / |lambda|.")
     curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
@@ -100,10 +113,20 @@ class CampHiVeConfig:
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
         _require(
             self.calibration_size >= 16
-            or (self.criterion in ("magnitude", "random") and self.merge in ("none", "cyclic")),
+            or (self.criterion in ("magnitude", "bn-scale", "random") and self.merge in ("none", "cyclic")),
             f"calibration_size is {self.calibration_size}: criterion {self.criterion!r} with merge {self.merge!r} "
-            "needs at least 16 images; raise it, or use magnitude or random with none or cyclic",
+            "needs at least 16 images; raise it, or use magnitude, bn-scale or random with none or cyclic",
         )
+
+        _check_granularity(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "CampHiVeConfig":
+        """A recipe of `PRESETS`, with changes; raises `ConfigError` where there is none of that name."""
+        close = get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRESETS)}"
+        _require(name in PRESETS, f"there is no preset {name!r}; {hint}")
+        return cls(**PRESETS[name] | changes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -142,12 +165,42 @@ class CampHiVeConfig:
         return cls.from_dict(values)
 
 
+# Each paper's own choices; its budget is met by `target_macs` (or `sparsity`), and finetuning is ours, without a teacher.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "camphive-paper": {
+        **{"criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic", "threshold": "percentile"},
+        **{"scope": "all", "distillation": 0.0},
+    },
+    "camphive-paper-weights": {
+        **{"granularity": "weight", "criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic"},
+        "distillation": 0.0,
+    },
+    "hap": {
+        **{"criterion": "hap", "curvature": "hessian", "merge": "none", "threshold": "global"},
+        **{"scope": "all", "distillation": 0.0},
+    },
+    "sosp-h": {
+        **{"criterion": "sosp-h", "curvature": "hessian", "merge": "none", "threshold": "global"},
+        **{"scope": "all", "distillation": 0.0},
+    },
+    "sosp-i": {
+        **{"criterion": "sosp-i", "merge": "none", "threshold": "global"},
+        **{"scope": "all", "distillation": 0.0},
+    },
+    "group-fisher": {
+        **{"criterion": "fisher", "merge": "none", "threshold": "adaptive"},
+        **{"scope": "all", "distillation": 0.0},
+    },
+}
+_CUTTING = ("target_macs", "cycles", "threshold", "scope", "round_to", "min_channels")  # no part in zeroing weights
 _AT_LEAST_ONE = (
     "cycles",
     "round_to",
     "min_channels",
     "calibration_size",
     "num_eigenpairs",
+    "hutchinson_probes",
     "power_steps",
     "curvature_images",
     "curvature_classes",
@@ -172,6 +225,30 @@ _NOT_NEGATIVE = (
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_granularity(config: CampHiVeConfig) -> None:
+    usual = {f.name: f.default for f in fields(config)}
+    _require(0 < config.sparsity < 1, f"sparsity is {config.sparsity}; it is a share between 0 and 1, such as 0.5")
+    if config.granularity == "channel":
+        _require(
+            config.sparsity == usual["sparsity"],
+            f"sparsity is {config.sparsity}, but granularity 'channel' leaves no zeros; set target_macs instead, or "
+            "granularity to weight",
+        )
+        return
+    _require(
+        config.criterion == "hive-paper" and config.merge in ("cyclic", "none"),
+        f"granularity 'weight' knows criterion 'hive-paper' with merge 'cyclic' or 'none', not {config.criterion!r} with "
+        f"{config.merge!r}; start from preset camphive-paper-weights, or set granularity to channel",
+    )
+    for name in _CUTTING:
+        value = getattr(config, name)
+        _require(
+            value == usual[name],
+            f"{name} is {value!r}, but granularity 'weight' cuts nothing, so that it cannot matter; leave it at "
+            f"{usual[name]!r} and set sparsity, or set granularity to channel",
+        )
 
 
 def _check_types(config: CampHiVeConfig) -> None:

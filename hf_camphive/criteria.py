@@ -1,74 +1,22 @@
 """How important each channel is: one pure function a criterion, and the table `CRITERIA`.
 
-Scores are {group: [C]}, larger is more important; those of `fisher`, `hive` and `taylor` are in units of the loss, so
-that they compare across groups. Adding a criterion is a function and a row.
+Scores are {group: [C]}, larger is more important. Those of `fisher`, `hive`, `taylor`, `hap`, `sosp-h` and `sosp-i` are
+in units of the loss, so that they compare across groups. Adding a criterion is a function and a row.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from .config import CampHiVeConfig
-from .curvature import (
-    Batch,
-    Curvature,
-    curvature_cotangent,
-    factored_curvature,
-    gate_curvature,
-    gauss_newton_factor,
-    label_cotangent,
-)
-from .gates import GateSpace, gate_gradients, gate_space
-from .spectrum import State, lanczos, power_iteration
-from .tracing import Trace
+from .curvature import Curvature, factored_curvature, gate_curvature, gauss_newton_factor
+from .evidence import Evidence, Scores
+from .graph import operation
+from .second_order import hap, hive_paper, sosp_h, sosp_i
+from .spectrum import lanczos, power_iteration
 
 logger = logging.getLogger(__name__)
-Scores = dict[str, Tensor]
-Reduce = Callable[[Tensor], Tensor]
 EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
-
-
-class Memory(Protocol):
-    """Where the state of an iteration outlives an interruption."""
-
-    def load(self) -> State | None: ...
-
-    def save(self, state: State) -> None: ...
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a criterion may look at: the traced network with its weights, and this process's calibration images.
-
-    `indices` number the images over all processes, so that what is drawn at random for an image does not depend on how
-    images are spread; `total` counts them, `reduce` sums a tensor over processes. An iteration keeps where it stands in
-    `memory`, and goes on from there.
-    """
-
-    trace: Trace
-    state: Mapping[str, Tensor]
-    images: tuple[Tensor, ...]
-    labels: tuple[Tensor, ...]
-    indices: tuple[Tensor, ...]
-    total: int
-    config: CampHiVeConfig
-    reduce: Reduce = lambda tensor: tensor
-    progress: bool = False
-    memory: Memory | None = None
-
-    @property
-    def gates(self) -> GateSpace:
-        return gate_space(self.trace, self.state)
-
-    def batches(self, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        batches = list(zip(self.images, self.labels, self.indices))
-        return iter(tqdm(batches, desc=description, unit="batch", disable=not self.progress, leave=False))
 
 
 def fisher(evidence: Evidence) -> Scores:
@@ -80,13 +28,8 @@ def fisher(evidence: Evidence) -> Scores:
     """
     gates = evidence.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
-    classes = evidence.trace.graph.logits.meta["val"].shape[-1]
-    generator = torch.Generator().manual_seed(evidence.config.seed)
-    signs = torch.randint(0, 2, (evidence.total, classes), generator=generator) * 2 - 1
-    for images, _, indices in evidence.batches("Score (fisher)"):
-        cotangent = partial(curvature_cotangent, signs=signs[indices.cpu()].to(images.device))
-        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
-        total += gradients.double().square().sum(0).cpu()
+    for gradients in evidence.model_gradients("Score (fisher)"):
+        total += gradients.square().sum(0).cpu()
     return gates.split(0.5 * evidence.reduce(total) / evidence.total)
 
 
@@ -94,10 +37,8 @@ def taylor(evidence: Evidence) -> Scores:
     """mean_n |g_nc|, g_nc the gate gradient of image n at its true label (Molchanov et al., ICLR 2017)."""
     gates = evidence.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
-    for images, labels, _ in evidence.batches("Score (taylor)"):
-        cotangent = partial(label_cotangent, labels=labels)
-        gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
-        total += gradients.double().abs().sum(0).cpu()
+    for gradients in evidence.label_gradients("Score (taylor)"):
+        total += gradients.abs().sum(0).cpu()
     return gates.split(evidence.reduce(total) / evidence.total)
 
 
@@ -128,14 +69,14 @@ def hive(evidence: Evidence) -> Scores:
 
 
 def _hessian(evidence: Evidence) -> Curvature:
-    batches, total = _first_batches(evidence)
+    batches, total = evidence.curvature_batches()
     options = {"total": total, "reduce": evidence.reduce, "progress": evidence.progress}
     return gate_curvature(evidence.trace, evidence.state, evidence.gates, batches, **options)
 
 
 def _gauss_newton(evidence: Evidence) -> Curvature:
     """The Gauss-Newton matrix by its factor: a backward pass a class, and eigenpairs for nothing."""
-    batches, total = _first_batches(evidence)
+    batches, total = evidence.curvature_batches()
     trace, gates = evidence.trace, evidence.gates
     classes = min(evidence.config.curvature_classes, trace.graph.logits.meta["val"].shape[-1])
     rows, shares = [], torch.zeros((), dtype=torch.float64)
@@ -160,6 +101,32 @@ def magnitude(evidence: Evidence) -> Scores:
     return {name: values / values.mean().clamp_min(1e-300) for name, values in gates.split(total[:-1]).items()}
 
 
+def bn_scale(evidence: Evidence) -> Scores:
+    """|gamma_c| of the channel's BatchNorm, the mean over those of its group (Network Slimming, Liu et al., ICCV 2017).
+
+    Deviation: the paper trains with an L1 penalty on gamma first; here the network is taken as it is. A group without a
+    BatchNorm scores 1, the gain of a channel that nothing scales.
+    """
+    norms = {node.args[1] for node in evidence.trace.graph.operations if operation(node) == "batch_norm"}
+    gains = {evidence.trace.graph.tensors[weight] for weight in norms if weight is not None}
+    scores = {}
+    for group in evidence.trace.groups:
+        if not group.frozen:
+            found = [
+                evidence.state[slot.tensor]
+                .detach()
+                .cpu()
+                .double()
+                .abs()[list(slot.index)]
+                .view(group.size, -1)
+                .mean(1)
+                for slot in group.slots
+                if slot.tensor in gains
+            ]
+            scores[group.name] = torch.stack(found or [torch.ones(group.size, dtype=torch.float64)]).mean(0)
+    return scores
+
+
 def random(evidence: Evidence) -> Scores:
     """Uniform numbers from the seed: the floor under every comparison."""
     gates = evidence.gates
@@ -171,20 +138,12 @@ Criterion = Callable[[Evidence], Scores]
 CRITERIA: dict[str, Criterion] = {
     "fisher": fisher,
     "hive": hive,
+    "hive-paper": hive_paper,
+    "hap": hap,
+    "sosp-h": sosp_h,
+    "sosp-i": sosp_i,
     "taylor": taylor,
     "magnitude": magnitude,
+    "bn-scale": bn_scale,
     "random": random,
 }
-
-
-def _first_batches(evidence: Evidence) -> tuple[list[Batch], int]:
-    """This process's part of the first `curvature_images` calibration images, and their number over all processes."""
-    share = evidence.config.curvature_images / max(evidence.total, 1)
-    budget = min(sum(map(len, evidence.images)), round(share * sum(map(len, evidence.images))))
-    batches = []
-    for images, labels in zip(evidence.images, evidence.labels):
-        if budget > 0:
-            batches.append((images[:budget], labels[:budget]))
-            budget -= len(batches[-1][0])
-    count = torch.tensor([float(sum(len(images) for images, _ in batches))], dtype=torch.float64)
-    return batches, int(evidence.reduce(count))

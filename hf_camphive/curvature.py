@@ -105,57 +105,65 @@ class WeightSpace:
 
 
 def weight_curvature(
+    logits: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    matrix: Matrix = "hessian",
+    compiled: bool = False,
+    **options,
+) -> tuple[Curvature, WeightSpace]:
+    """H or J^T R J [P, P] over the given weights, and how its vectors are laid out; `logits(weights, images)` is [N, K].
+
+    Forward over reverse; where an operation has no forward derivative, reverse over reverse, which costs more. `compiled`
+    sends the product through `torch.compile`. `options` are those of `Curvature`.
+    """
+    space = WeightSpace({name: weight.shape for name, weight in weights.items()})
+    point = tuple(weight.detach() for weight in weights.values())
+    ways = [torch.compile(_FORWARD[matrix]) if compiled else _FORWARD[matrix], _REVERSE[matrix]]
+
+    def at(point: Point, images: Tensor) -> Tensor:
+        return logits(dict(zip(weights, point)), images)
+
+    def multiply(images: Tensor, labels: Tensor, block: Tensor) -> Tensor:
+        arguments = (at, point, images, labels, [space.split(v) for v in block.T])
+        try:
+            products = ways[0](*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if len(ways) == 1:
+                raise
+            products = ways[1](*arguments)
+            del ways[0]
+            logger.info("differentiating twice in reverse, since forward over reverse failed: %s", error)
+        return torch.stack([space.join(v) for v in products], dim=1)
+
+    return Curvature(space.size, multiply, batches, **_counted(batches, options)), space
+
+
+def network_curvature(
     net: nn.Module,
     batches: Iterable[Batch],
     matrix: Matrix = "hessian",
     names: Iterable[str] | None = None,
-    compiled: bool = False,
     **options,
 ) -> tuple[Curvature, WeightSpace]:
-    """H or J^T R J [P, P] over the weights `names` of a network (all that are trained), and how its vectors are laid out.
-
-    Forward over reverse; where an operation of the network has no forward derivative, reverse over reverse, which costs
-    more. `compiled` sends the product through `torch.compile`. `options` are those of `Curvature`.
+    """`weight_curvature` of any network, over the weights `names` (all that are trained).
 
     Raises `CurvatureError` where the loss is a moving target, see `check_deterministic`.
     """
     batches = check_deterministic(net, batches)
-    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    chosen = (
-        [name for name, weight in net.named_parameters() if weight.requires_grad] if names is None else list(names)
-    )
-    if unknown := [name for name in chosen if name not in tensors]:
+    weights = dict(net.named_parameters())
+    chosen = [name for name, weight in weights.items() if weight.requires_grad] if names is None else list(names)
+    if unknown := [name for name in chosen if name not in weights]:
         raise CurvatureError(
-            f"the network has no weight {unknown[0]!r}; name some of {', '.join(list(tensors)[:5])}, ..."
+            f"the network has no weight {unknown[0]!r}; name some of {', '.join(list(weights)[:5])}, ..."
         )
-    fixed = {name: tensor.detach() for name, tensor in tensors.items() if name not in chosen}
-    space = WeightSpace({name: tensors[name].shape for name in chosen})
 
-    point = tuple(tensors[name].detach() for name in chosen)
+    def logits(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(weights), (images,))
 
-    def logits(point: Point, images: Tensor) -> Tensor:
-        return torch.func.functional_call(net, {**fixed, **dict(zip(chosen, point))}, (images,))
-
-    ways = [_FORWARD[matrix], _REVERSE[matrix]]
-    if compiled:
-        ways[0] = torch.compile(ways[0])
-
-    def multiply(images: Tensor, labels: Tensor, block: Tensor) -> Tensor:
-        arguments = (logits, point, images, labels, [space.split(v) for v in block.T])
-        if len(ways) > 1:
-            try:
-                products = ways[0](*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError) as error:
-                products = ways[1](*arguments)
-                del ways[0]
-                logger.info("differentiating twice in reverse, since forward over reverse failed: %s", error)
-        else:
-            products = ways[0](*arguments)
-        return torch.stack([space.join(v) for v in products], dim=1)
-
-    return Curvature(space.size, multiply, batches, **_counted(batches, options)), space
+    return weight_curvature(logits, {name: weights[name] for name in chosen}, batches, matrix, **options)
 
 
 def gauss_newton_factor(

@@ -40,7 +40,8 @@ def make_plan(network: Budgeted, scores: Mapping[str, Tensor], target_macs: int,
     """Remove the channels with the least score per MAC saved until at most `target_macs` (per image) are left.
 
     score / MACs is the loss that a removal is expected to cost for what it saves; what it saves is worked out again
-    after each removal, as the layers around it shrink. Inside a residual branch a group may be emptied: the branch then
+    after each removal, as the layers around it shrink. `config.threshold` may ask for one threshold on the scores alone,
+    or on their percentile in each group, instead. Inside a residual branch a group may be emptied: the branch then
     goes whole. `scores[group]` is [C], larger is more important.
 
     Raises `PlanError` where the floors do not let the budget be met, with the smallest that can be.
@@ -82,7 +83,7 @@ class _Removal:
     """The state of one greedy descent: how many channels each group still has, and what the next step would cost."""
 
     def __init__(self, network: Budgeted, scores: Mapping[str, Tensor], config: CampHiVeConfig) -> None:
-        self.network, self.round_to = network, config.round_to
+        self.network, self.round_to, self.threshold = network, config.round_to, config.threshold
         self.groups = {
             group.name: group
             for group in network.groups
@@ -102,6 +103,8 @@ class _Removal:
                 )
             self.ranking[name] = sorted(range(group.size), key=values.__getitem__)
             self.score[name] = [values[c] for c in self.ranking[name]]
+            if self.threshold == "percentile":
+                self.score[name] = [(rank + 1) / group.size for rank in range(group.size)]
         self.branch_of_gate = {gate: branch for branch in network.branches for gate in branch.gates}
         self.floor = {
             name: 0 if name in self.branch_of_gate else min(config.min_channels, self.kept[name])
@@ -143,7 +146,10 @@ class _Removal:
         return True
 
     def _step(self, name: str) -> tuple[float, dict[str, int]]:
-        """The group's next removal as {group: channels}, and its score per MAC saved (inf where there is none)."""
+        """The group's next removal as {group: channels}, and its price (inf where there is none).
+
+        That is the score per MAC saved, or with a global threshold or a percentile the highest that must be passed.
+        """
         kept = self.kept[name]
         left = (kept - 1) // self.round_to * self.round_to
         if left < self.floor[name] or kept == 0:
@@ -154,8 +160,8 @@ class _Removal:
         saved = self._saved(step)
         if saved == 0:
             return inf, {}
-        lost = sum(sum(self._next_scores(group, count)) for group, count in step.items())
-        return lost / saved, step
+        scores = [score for group, count in step.items() for score in self._next_scores(group, count)]
+        return (sum(scores) / saved if self.threshold == "adaptive" else max(scores)), step
 
     def _next_scores(self, name: str, count: int) -> list[float]:
         gone = self.groups[name].size - self.kept[name]

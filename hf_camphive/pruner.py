@@ -23,9 +23,10 @@ from . import hub
 from .branches import droppable_branches, exterior_groups
 from .calibration import Calibration
 from .config import CampHiVeConfig
-from .criteria import CRITERIA, Evidence, Memory, Scores
+from .criteria import CRITERIA
 from .data import Loaders
 from .errors import ConfigError, ModelError, PlanError
+from .evidence import Evidence, Memory, Scores
 from .graph import named_tensors
 from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, load_base, replace_head
@@ -37,6 +38,7 @@ from .resume import IterationMemory, Progress, load_progress, save_progress, tra
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
 from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
+from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
 Batches = Iterable[Mapping[str, Tensor]]
@@ -78,13 +80,15 @@ class CampHiVePruner:
     def check_budget(self) -> None:
         """Raise `PlanError` where nothing can be pruned or the floors do not allow the budget; needs no data."""
         trace = self._trace()
-        self._target(self._budgeted(trace, named_tensors(self.net)))
+        if self.config.granularity == "channel":
+            self._target(self._budgeted(trace, named_tensors(self.net)))
 
     # The two halves of a cycle
 
     def plan(self, calibration: Batches | Calibration, memory: Memory | None = None) -> PrunePlan:
         """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
 
+        With granularity "weight" the plan cuts nothing; `apply` then scores and zeroes weights.
         `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. A criterion that iterates keeps where it
         stands in `memory`, and goes on from there. Raises `PlanError` on a budget that cannot be
         met, and on a network with nothing to prune.
@@ -93,21 +97,12 @@ class CampHiVePruner:
         trace = self._trace()
         state = named_tensors(self.net)
         network = self._budgeted(trace, state)
+        if self.config.granularity == "weight":
+            kind = (self.config.criterion, self.config.merge)
+            return PrunePlan(network.groups, network.branches, (), (), *kind, network.macs, network.macs)
         target = self._target(network)
         with self._timed("score"), torch.no_grad():
-            evidence = Evidence(
-                trace,
-                state,
-                calibration.images,
-                calibration.labels,
-                calibration.indices,
-                calibration.total,
-                self.config,
-                self._reduce,
-                self._progress,
-                memory,
-            )
-            self.scores = CRITERIA[self.config.criterion](evidence)
+            self.scores = CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
         with self._timed("plan"):
             return with_pairs(make_plan(network, self.scores, target, self.config), self.scores)
 
@@ -128,18 +123,21 @@ class CampHiVePruner:
             raise PlanError(
                 "this plan was made for another network: its channel groups differ from those of this one; call plan again"
             )
-        with self._timed("merge"):
-            state = merge(
-                named_tensors(self.net),
-                plan,
-                trace,
-                calibration.images if calibration else (),
-                self.config,
-                reduce=self._reduce,
-                progress=self._progress,
-            )
-        with self._timed("cut"):
-            self.net = apply_plan(self.net, plan, trace, state)
+        if self.config.granularity == "weight":
+            self.net = self._with_zeros(trace, calibration)
+        else:
+            with self._timed("merge"):
+                state = merge(
+                    named_tensors(self.net),
+                    plan,
+                    trace,
+                    calibration.images if calibration else (),
+                    self.config,
+                    reduce=self._reduce,
+                    progress=self._progress,
+                )
+            with self._timed("cut"):
+                self.net = apply_plan(self.net, plan, trace, state)
         if rule.recalibrate:
             with self._timed("recalibrate"):
                 batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
@@ -253,6 +251,33 @@ class CampHiVePruner:
                 trace = check_groups(self.net, trace, torch.Generator().manual_seed(self.config.seed))
             self._traced = (self.net, trace)
         return self._traced[1]
+
+    def _evidence(self, trace: Trace, calibration: Calibration, memory: Memory | None = None) -> Evidence:
+        return Evidence(
+            trace,
+            named_tensors(self.net),
+            calibration.images,
+            calibration.labels,
+            calibration.indices,
+            calibration.total,
+            self.config,
+            self._reduce,
+            self._progress,
+            memory,
+        )
+
+    def _with_zeros(self, trace: Trace, calibration: Calibration) -> nn.Module:
+        """A copy of the network with its less significant weights merged and zeroed, and a note of how many are."""
+        net = copy.deepcopy(self.net)
+        with self._timed("score and merge"), torch.no_grad():
+            for name, weight in zero_weights(self._evidence(trace, calibration)).items():
+                net.get_parameter(name).copy_(weight)
+        self.notes.append(
+            f"{zero_share(net, trace.positions):.1%} of the weights of {len(trace.positions)} convolutions and linear "
+            "layers are zero, and finetuning keeps them so; nothing was cut: zeros save neither MACs nor time."
+        )
+        logger.info(self.notes[-1])
+        return net
 
     def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -39,6 +39,7 @@ from .config import CampHiVeConfig
 from .errors import ConfigError, DataError, TrainingError
 from .metrics import TopK
 from .report import Accuracy, format_ms, format_share
+from .weight_pruning import keep_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +172,10 @@ def finetune(
     The loss is (1 - a) CE + a T^2 KL(teacher || net) with a = `config.distillation` (0 without a teacher) and
     T = `config.temperature` (Hinton et al., arXiv:1503.02531); the learning rate rises linearly, then falls along a
     cosine, by optimizer steps. With a `checkpoint_dir` the state is saved there after every epoch, and with `resume`
-    a run goes on from it to the very same end. Raises `TrainingError` on a loss or gradient that is not a number,
-    before it reaches the weights; `ConfigError` on a checkpoint of another run.
+    a run goes on from it to the very same end. With granularity "weight" zero weights stay zero.
+
+    Raises `TrainingError` on a loss or gradient that is not a number, before it reaches the weights; `ConfigError` on a
+    checkpoint of another run.
     """
     run = _Run(
         net=net,
@@ -184,6 +187,7 @@ def finetune(
         training_mode=True,
         teacher=teacher if config.distillation else None,
         description="Finetune",
+        keeps_zeros=config.granularity == "weight",
     )
     store = None if checkpoint_dir is None else _CheckpointStore(Path(checkpoint_dir), accelerator)
     return _train(run, loaders, config, accelerator, store, resume)
@@ -356,6 +360,7 @@ class _Run:
     training_mode: bool
     teacher: nn.Module | None
     description: str
+    keeps_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -444,6 +449,8 @@ def _train(
     try:
         if checkpoint is not None:
             job.restore(store.load(checkpoint, job.fingerprint()))
+        if run.keeps_zeros:
+            keep_zeros(job.optimizer.optimizer, run.parameters)
         while job.steps < job.total_steps:
             job.run_epoch()
             if store is not None:

@@ -146,6 +146,23 @@ def test_every_method_is_described(criterion, merge):
     assert "arxiv.org/abs/2511.06265" in text
 
 
+def test_zeroed_weights_are_no_smaller_network():
+    config = CampHiVeConfig.from_preset("camphive-paper-weights", sparsity=0.7).to_dict()
+    stages = tuple(replace(stage, footprint=DENSE) for stage in REPORT.stages)
+    made = card(replace(REPORT, config=config, stages=stages, groups=(), dropped=()))
+    assert "with 70% of each layer's weights set to zero. It is no smaller and no faster than its base" in made.text
+    assert "(`granularity=weight`, `criterion=hive-paper`, `merge=cyclic`)" in made.text
+    assert "half of each was added to a kept weight" in made.text and "`sparsity=0.7`" in made.text
+    assert "target_macs" not in made.text and "hannels were ranked" not in made.text
+    assert "unstructured-pruning" in made.data.tags and "structured-pruning" not in made.data.tags
+
+
+def test_a_card_says_what_went_first():
+    config = CampHiVeConfig(threshold="percentile").to_dict()
+    assert "every group lost the same share" in card(replace(REPORT, config=config)).text
+    assert ", per MAC; " in card().text
+
+
 def test_plots_are_shown_by_relative_path():
     text = card(plots=("other.png", "scores.png", "widths.png")).text
     assert re.findall(r"!\[(.+)\]\((.+)\)", text) == [

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 import hf_camphive
 from hf_camphive import cli, hub, pruner, report
+from hf_camphive.config import PRESETS, CampHiVeConfig
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, plans_from_json
 from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, measure_latency
@@ -75,6 +77,34 @@ def tables(tmp_path_factory) -> Path:
     return folder
 
 
+# Presets
+
+
+def parsed(*arguments: str) -> CampHiVeConfig:
+    return cli._parse("prune", [*map(str, arguments)], cli.RecipeArguments, CampHiVeConfig)[1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_a_recipe_that_flags_override(name):
+    assert parsed("--preset", name) == parsed(f"--preset={name}") == CampHiVeConfig.from_preset(name)
+    changed = parsed("--learning-rate", 0.5, "--preset", name, "--distillation", 0.5, "--curvature", "gauss-newton")
+    changes = {"learning_rate": 0.5, "distillation": 0.5, "curvature": "gauss-newton"}
+    assert changed == CampHiVeConfig.from_preset(name, **changes)
+
+
+def test_presets_are_offered_by_name(capsys):
+    assert get_args(get_type_hints(cli.RecipeArguments)["preset"]) == tuple(PRESETS)
+    for arguments in (["--preset", "happ"], ["--preset"]):
+        with pytest.raises(SystemExit, match="2"):
+            parsed(*arguments)
+    assert "invalid choice: 'happ'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        parsed("--preset", "hap", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recipe: sets several of the options below" in shown and "scored." in shown
+    assert re.search(r"--criterion .*?\(default: hap\)", shown) and re.search(r"--merge .*?\(default: none\)", shown)
+
+
 # Mistakes
 
 
@@ -96,7 +126,13 @@ def tables(tmp_path_factory) -> Path:
         (["--target-macs", "2"], "2.0x reduction write 0.5"),
         (["--target-macs", "nan"], "target_macs is nan; it must be a finite number"),
         (["--target-macs", "-1"], "target_macs is -1.0; give a fraction"),
-        (["--calibration-size", "4"], "needs at least 16 images; raise it, or use magnitude or random"),
+        (["--calibration-size", "4"], "needs at least 16 images; raise it, or use magnitude, bn-scale or random with"),
+        (
+            ["--preset", "camphive-paper-weights", "--round-to", "8"],
+            "round_to is 8, but granularity 'weight' cuts nothing",
+        ),
+        (["--preset", "camphive-paper-weights", "--dry-run"], "cuts nothing that a plan could show"),
+        (["--granularity", "weight"], "start from preset camphive-paper-weights"),
         (["--distillation", "2"], "a share between 0 and 1"),
         (["--push-to-hub"], "add --hub-model-id user/name"),
         (["--dry-run", "--resume"], "nothing to push or to resume"),

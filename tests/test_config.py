@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from hf_camphive.config import CONFIG_FILE, SCHEMA, CampHiVeConfig
+from hf_camphive.config import CONFIG_FILE, PRESETS, SCHEMA, CampHiVeConfig
 from hf_camphive.errors import CampHiVeError, ConfigError
 
 WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type is int]
@@ -41,7 +41,8 @@ def test_real_numbers(name, value):
 def test_choices(name):
     options = CampHiVeConfig.__dataclass_fields__[name].type.__args__
     for option in options:
-        assert getattr(CampHiVeConfig(**{name: option}), name) == option
+        start = PRESETS["camphive-paper-weights"] if option == "weight" else {}
+        assert getattr(CampHiVeConfig(**start | {name: option}), name) == option
     with pytest.raises(ConfigError, match=f"^{name} is '{options[0]}x'; did you mean '{options[0]}'"):
         CampHiVeConfig(**{name: options[0] + "x"})
     for value in ("zzzz", 1):
@@ -74,7 +75,7 @@ def test_choices(name):
         ({"temperature": 0.0}, r"temperature is 0.0; it must be positive \(4 is usual\)"),
         (
             {"calibration_size": 15},
-            "criterion 'fisher' with merge 'reconstruct' needs at least 16 images; raise it, or use magnitude or random",
+            "criterion 'fisher' with merge 'reconstruct' needs at least 16 images; raise it, or use magnitude, bn-scale or random with",
         ),
         ({"calibration_size": 8, "criterion": "magnitude"}, "criterion 'magnitude' with merge 'reconstruct' needs"),
         ({"calibration_size": 8, "merge": "none"}, "criterion 'fisher' with merge 'none' needs"),
@@ -100,6 +101,60 @@ def test_refusals_say_what_would_work(values, message):
 )
 def test_the_edges_of_what_works(values):
     assert {name: getattr(CampHiVeConfig(**values), name) for name in values} == values
+
+
+WEIGHTS = PRESETS["camphive-paper-weights"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"granularity": "weight"},
+            "criterion 'hive-paper' with merge .* not 'fisher' .* preset camphive-paper-weights",
+        ),
+        (WEIGHTS | {"criterion": "hap"}, "not 'hap' with 'cyclic'; start from preset camphive-paper-weights"),
+        (WEIGHTS | {"merge": "reconstruct"}, "not 'hive-paper' with 'reconstruct'"),
+        (
+            WEIGHTS | {"target_macs": 0.4},
+            "target_macs is 0.4, but granularity 'weight' cuts nothing.*leave it at 0.5 and",
+        ),
+        (WEIGHTS | {"cycles": 2}, "cycles is 2, but"),
+        (WEIGHTS | {"threshold": "percentile"}, "threshold is 'percentile', but"),
+        (WEIGHTS | {"scope": "all"}, "scope is 'all', but"),
+        (
+            WEIGHTS | {"round_to": 8},
+            "round_to is 8, but .* leave it at 1 and set sparsity, or set granularity to channel",
+        ),
+        (WEIGHTS | {"min_channels": 2}, "min_channels is 2, but"),
+        (WEIGHTS | {"sparsity": 1}, "sparsity is 1; it is a share between 0 and 1, such as 0.5"),
+        ({"sparsity": 0}, "sparsity is 0; it is a share"),
+        ({"sparsity": 0.7}, "sparsity is 0.7, but granularity 'channel' leaves no zeros; set target_macs instead"),
+    ],
+    ids=repr,
+)
+def test_granularities_that_do_not_fit_their_options(values, message):
+    with pytest.raises(ConfigError, match=message):
+        CampHiVeConfig(**values)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = CampHiVeConfig.from_preset(name)
+    assert config == CampHiVeConfig(**PRESETS[name])
+    assert CampHiVeConfig.from_dict(config.to_dict()) == config
+    changed = CampHiVeConfig.from_preset(name, seed=3, distillation=0.25)
+    assert changed == replace(config, seed=3, distillation=0.25)
+    assert (config == CampHiVeConfig()) == (name == "default")
+
+
+def test_a_preset_that_is_none():
+    with pytest.raises(ConfigError, match="there is no preset 'sosp-j'; did you mean 'sosp-"):
+        CampHiVeConfig.from_preset("sosp-j")
+    with pytest.raises(
+        ConfigError, match="no preset 'zzz'; choose from default, camphive-paper, camphive-paper-weights, "
+    ):
+        CampHiVeConfig.from_preset("zzz")
 
 
 def test_refusals_are_of_the_common_kinds():

@@ -18,7 +18,7 @@ from hf_camphive.curvature import (
     gate_curvature,
     gauss_newton_factor,
     label_cotangent,
-    weight_curvature,
+    network_curvature,
 )
 from hf_camphive.errors import CurvatureError
 from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
@@ -239,11 +239,11 @@ def dense_weight_matrix(net: nn.Module, names: list[str], x: Tensor, labels: Ten
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_weight_products_equal_the_dense_matrix(matrix):
     net, x, labels = small()
-    found, space = weight_curvature(net, zip(x.split([1, 3]), labels.split([1, 3])), matrix)
+    found, space = network_curvature(net, zip(x.split([1, 3]), labels.split([1, 3])), matrix)
     v = block(space.size)
     expected = dense_weight_matrix(net, list(space.shapes), x, labels, matrix) @ v
     torch.testing.assert_close(found(v), expected, rtol=1e-10, atol=1e-12)
-    some, _ = weight_curvature(net, [(x, labels)], matrix, names=["conv.weight", "norm.bias"])
+    some, _ = network_curvature(net, [(x, labels)], matrix, names=["conv.weight", "norm.bias"])
     v = block(some.size)
     expected = dense_weight_matrix(net, ["conv.weight", "norm.bias"], x, labels, matrix) @ v
     torch.testing.assert_close(some(v), expected, rtol=1e-10, atol=1e-12)
@@ -253,8 +253,8 @@ def test_weight_products_equal_the_dense_matrix(matrix):
 def test_an_operation_without_forward_derivative_is_differentiated_in_reverse_and_said_once(matrix, caplog):
     net, x, labels = small()
     other = small(NoForwardDerivative.apply)[0]
-    expected, space = weight_curvature(net, [(x, labels)], matrix)
-    found, _ = weight_curvature(other, [(x, labels)], matrix)
+    expected, space = network_curvature(net, [(x, labels)], matrix)
+    found, _ = network_curvature(other, [(x, labels)], matrix)
     v = block(space.size)
     with caplog.at_level(logging.INFO, "hf_camphive.curvature"):
         torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
@@ -264,7 +264,7 @@ def test_an_operation_without_forward_derivative_is_differentiated_in_reverse_an
 
 def test_an_error_that_both_ways_share_is_the_user_s_to_see():
     net, x, labels = small()
-    found, space = weight_curvature(net, [(x[:, :2], labels)])
+    found, space = network_curvature(net, [(x[:, :2], labels)])
     with pytest.raises(RuntimeError, match="channels"):
         found(block(space.size))
 
@@ -272,8 +272,8 @@ def test_an_error_that_both_ways_share_is_the_user_s_to_see():
 @pytest.mark.slow
 def test_compiled_products_are_the_same():
     net, x, labels = small()
-    expected, space = weight_curvature(net, [(x, labels)])
-    found, _ = weight_curvature(net, [(x, labels)], compiled=True)
+    expected, space = network_curvature(net, [(x, labels)])
+    found, _ = network_curvature(net, [(x, labels)], compiled=True)
     torch.testing.assert_close(found(block(space.size)), expected(block(space.size)), rtol=1e-8, atol=1e-10)
 
 
@@ -335,7 +335,7 @@ def test_several_processes_give_the_products_of_one_for_any_number_of_rows(proce
 
 def refused(net: nn.Module, batches, message: str) -> None:
     with pytest.raises(CurvatureError, match=message):
-        weight_curvature(net, batches)
+        network_curvature(net, batches)
 
 
 def test_what_would_make_the_hessian_a_moving_target_is_refused():
@@ -345,12 +345,12 @@ def test_what_would_make_the_hessian_a_moving_target_is_refused():
     net.eval()
     for layer in (nn.Dropout(0.1), DropPath(0.1)):
         refused(nn.Sequential(net, layer.train()), batches, "'1' in training mode")
-        weight_curvature(nn.Sequential(net, layer.eval()), batches)
-    weight_curvature(nn.Sequential(net, nn.Dropout(0.0).train()), batches)
+        network_curvature(nn.Sequential(net, layer.eval()), batches)
+    network_curvature(nn.Sequential(net, nn.Dropout(0.0).train()), batches)
     refused(net, DataLoader(batches, shuffle=True), "the loader shuffles")
     refused(net, [], "no images")
     with pytest.raises(CurvatureError, match="no weight 'fc'"):
-        weight_curvature(net, batches, names=["fc"])
+        network_curvature(net, batches, names=["fc"])
     refused(net.bfloat16(), batches, "bfloat16 are too coarse")
 
 
@@ -366,6 +366,6 @@ def test_wrapped_networks_are_refused(tmp_path):
 def test_batches_of_a_loader_may_be_dictionaries():
     net, x, labels = small()
     loader = DataLoader([{"pixel_values": a, "labels": b} for a, b in zip(x, labels)], batch_size=3)
-    found, space = weight_curvature(net, loader)
-    expected, _ = weight_curvature(net, [(x, labels)])
+    found, space = network_curvature(net, loader)
+    expected, _ = network_curvature(net, [(x, labels)])
     torch.testing.assert_close(found(block(space.size)), expected(block(space.size)), rtol=1e-11, atol=1e-13)

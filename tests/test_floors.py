@@ -10,8 +10,8 @@ FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
     1: ["graph", "planning", "calibration"],
     2: [
-        *("tracing", "branches", "surgery", "spectrum", "traces", "gates", "curvature", "criteria"),
-        *("reconstruction", "merging"),
+        *("tracing", "branches", "surgery", "spectrum", "traces", "gates", "curvature", "evidence", "second_order"),
+        *("weight_pruning", "criteria", "reconstruction", "merging"),
         *("report", "plots", "card", "metrics"),
     ],
     3: ["data", "models", "training", "hub"],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_surgery import plan_with
+from torch import nn
 from toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.config import CampHiVeConfig
@@ -46,6 +47,47 @@ def test_lstsq_is_numpys_regression_with_a_constant():
     np.testing.assert_allclose(constant, [0, 0, 0, 1], atol=1e-12)
 
 
+class Reader(nn.Module):
+    """Four channels of one pixel, as ACTIVATIONS gives them, read by one linear layer with a bias."""
+
+    WEIGHT = torch.tensor([[1.0, 2, 4, 8], [0, -1, 1, 6]], dtype=torch.float64)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 4, 1, bias=False), nn.Linear(4, 2)
+        self.conv.weight.data.copy_(torch.eye(4).view(4, 4, 1, 1))
+        self.head.weight.data.copy_(self.WEIGHT)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+# Channels 0 and 1 stay. By score 0 > 1 > 2 > 3, so that 2 meets 0 and 3 meets 1; E[a2 a0] / E[a0^2] = 3 and
+# E[a3 a1] / E[a1^2] = (2 + 6 + 30) / 30; the best fit is a2 = 3 a0, a3 = a1 + 1.
+BETA = 38 / 30
+READER_BY_HAND = {
+    "none": ([[1, 2], [0, -1]], [0, 0]),
+    "cyclic": ([[1 + 2, 2 + 4], [0.5, -1 + 3]], [0, 0]),
+    "cyclic-ls": ([[1 + 12, 2 + 8 * BETA], [3, -1 + 6 * BETA]], [0, 0]),
+    "nearest": ([[1 + 12, 2 + 8 * BETA], [3, -1 + 6 * BETA]], [0, 0]),
+    "lstsq": ([[1 + 12, 2 + 8], [3, -1 + 6]], [8, 6]),
+    "reconstruct": ([[1 + 12, 2 + 8], [3, -1 + 6]], [8, 6]),
+}
+
+
+@pytest.mark.parametrize("rule", MERGE_RULES)
+def test_every_rule_on_four_channels_by_hand(rule):
+    net = Reader().eval().double()
+    trace = trace_network(net, (4, 1, 1))
+    state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
+    plan = planned(trace, {"conv": (0, 1)}, rule)
+    merged = merge(state, plan, trace, [ACTIVATIONS.view(4, 4, 1, 1)], CampHiVeConfig(ridge=1e-12))
+    weight, bias = READER_BY_HAND[rule]
+    np.testing.assert_allclose(merged["head.weight"][:, :2], weight, rtol=1e-8)
+    assert not merged["head.weight"][:, 2:].any()
+    np.testing.assert_allclose(merged["head.bias"] - state["head.bias"], bias, atol=1e-8)
+
+
 def prepared(net):
     net = randomise(net)
     trace = trace_network(net, (3, 8, 8))
@@ -57,6 +99,25 @@ def planned(trace, keep, rule) -> PrunePlan:
 
     plan = replace(plan_with(trace, keep), merge=rule)
     return with_pairs(plan, {g.name: -torch.arange(float(g.size)) for g in trace.groups})
+
+
+@pytest.mark.parametrize(("rule", "share"), [("none", 0.0), ("cyclic", 0.5)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rules_without_data_lose_nothing_where_their_coefficient_is_the_truth(rule, share, groups):
+    """The last channel is `share` of the first, which relu passes on: `none` takes it for 0, `cyclic` for a half."""
+    _, trace, state = prepared(Chain(groups))
+    for name in ("conv1.weight", "conv1.bias"):
+        state[name] = state[name].clone()
+        state[name][-1] = share * state[name][0]
+    keep = tuple(range(7)) if groups == 1 else (0, 1, 2)
+    if groups == 2:  # channels 0 to 3 and 4 to 7 are tied: channel c of the group sits at c and c + 4
+        for name in ("conv1.weight", "conv1.bias"):
+            state[name][3], state[name][7] = share * state[name][0], share * state[name][4]
+    plan, x = planned(trace, {"conv1": keep}, rule), images(4)
+    with torch.no_grad():
+        merged = merge(state, plan, trace, [], CampHiVeConfig())
+        assert relative_error(trace.graph.run(merged, x)[0], trace.graph.run(state, x)[0]) < 1e-12
+        assert not torch.equal(merged["conv2.weight"], state["conv2.weight"])
 
 
 @pytest.mark.parametrize("rule", [rule for rule in MERGE_RULES if rule not in ("none", "cyclic")])

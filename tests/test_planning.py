@@ -110,6 +110,40 @@ def test_the_least_important_channels_of_a_group_go():
     assert plan.keep["g1"] == (0, 2, 4, 5)  # 5 MACs a channel: 30 -> 20 takes two
 
 
+def test_a_global_threshold_looks_at_scores_alone():
+    # the network of the next test: what is left after one, two, ... removals in order of score
+    network = chain(2, 4, 3, 1, positions=(10, 1, 1))
+    scores = {"g1": torch.tensor([9.2, 2.3, 6.9, 30.0]), "g2": torch.tensor([4.0, 1.0, 8.0])}
+    for target, expected in (
+        (94, {"g2": (0, 2)}),
+        (89, {"g1": (0, 2, 3), "g2": (0, 2)}),
+        (67, {"g1": (0, 2, 3), "g2": (2,)}),
+    ):
+        plan = make_plan(network, scores, target, config(threshold="global"))
+        assert {cut.group: cut.keep for cut in plan.cuts} == expected
+
+
+def test_a_percentile_takes_the_same_share_of_every_group():
+    network = chain(2, 10, 20, 1, positions=(10, 1, 1))
+    scores = {name: values * 1000 ** int(name[1]) for name, values in random_scores(network, 0).items()}
+    for target in (300, 150, 60):
+        plan = make_plan(network, scores, target, config(threshold="percentile"))
+        kept = widths(plan)
+        assert abs(kept["g1"] / 10 - kept["g2"] / 20) <= 0.1
+        for name, size in (("g1", 10), ("g2", 20)):
+            assert plan.keep[name] == tuple(sorted(scores[name].argsort()[size - kept[name] :].tolist()))
+
+
+def test_a_threshold_is_passed_by_a_whole_branch_or_not_at_all():
+    """Emptying a drops b with it; a global threshold asks that the highest score of all of them be passed."""
+    network = residual()
+    scores = {"stream": torch.full((4,), 5.0), "a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 9.0, 4.0])}
+    plan = make_plan(network, scores, smallest_macs(network, config()), config(threshold="global"))
+    assert plan.dropped == ("block",) and plan.keep["stream"] == (3,)
+    some = make_plan(network, scores, macs(network, {"a": 1, "b": 1}), config(threshold="global"))
+    assert some.dropped == () and some.keep["a"] == (1,) and some.keep["b"] == (1,)
+
+
 def test_removal_order_by_hand():
     # conv0 [4, 2] at 10 positions, conv1 [3, 4] at 1, conv2 [1, 3] at 1: 80 + 12 + 3 = 95 MACs.
     # A channel of g1 saves 2 * 10 + 3 = 23, one of g2 saves 4 + 1 = 5, so that per MAC saved

@@ -1,0 +1,185 @@
+"""The papers' own second-order criteria: CAMP-HiVe's, HAP's and SOSP's, each a pure function of `Evidence`.
+
+Weight space holds the weights of all convolutions and linear layers, P in all. A channel's *filters* are the rows of
+those that write it, depthwise kernels included; HAP's and CAMP-HiVe's scores look at these. SOSP's live in gate space.
+"""
+
+import logging
+from collections.abc import Mapping
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .branches import exterior_groups
+from .curvature import gate_curvature, weight_curvature
+from .evidence import Evidence, Scores
+from .plan import ChannelGroup
+from .spectrum import Product, power_iteration
+from .traces import hutchinson
+from .tracing import Trace
+
+logger = logging.getLogger(__name__)
+
+
+def hive_paper(evidence: Evidence) -> Scores:
+    """sum over the weights i of the channel's filters of |v_i|, v the dominant eigenvector of H in weight space.
+
+    CAMP-HiVe (arXiv:2511.06265). Deviation: the paper ranks single weights (`granularity="weight"` does); the authors'
+    code differentiates g.v in v, which gives the gradient, and norms v per tensor. Here v is an eigenvector, of norm 1.
+    """
+    return _over_filters(evidence.trace, {name: v.abs() for name, v in dominant_eigenvector(evidence).items()})
+
+
+def hap(evidence: Evidence) -> Scores:
+    """Tr(H_cc) / (2 p_c) * ||w_c||^2, w_c the p_c weights of the channel's filters (HAP, arXiv:2101.08940).
+
+    The trace is Hutchinson's estimate, mean_j z_jc . (H z_j)_c over `hutchinson_probes` vectors of random signs; H is
+    the matrix that `curvature` names. Deviation: coupled filters are one channel, where the authors' code prunes each
+    and scatters the results back to full width.
+    """
+    config = evidence.config
+    weights = {name: evidence.state[name].detach().cpu().double() for name in evidence.trace.positions}
+    estimate = hutchinson(
+        weight_product(evidence),
+        sum(weight.numel() for weight in weights.values()),
+        config.hutchinson_probes,
+        generator=torch.Generator().manual_seed(config.seed),
+        progress=evidence.progress,
+    )
+    diagonal = estimate.diagonal.value
+    traces = _over_filters(evidence.trace, _split(diagonal, weights))
+    norms = _over_filters(evidence.trace, {name: weight.square() for name, weight in weights.items()})
+    sizes = _over_filters(evidence.trace, {name: torch.ones_like(weight) for name, weight in weights.items()})
+    return {name: trace / (2 * sizes[name]) * norms[name] for name, trace in traces.items()}
+
+
+def sosp_h(evidence: Evidence) -> Scores:
+    """|g_c| + 1/2 |(A 1)_c|: g the mean gate gradient, A the gate Hessian, one product in all (SOSP, arXiv:2110.11395).
+
+    In the paper's words |theta_s . dL| + 1/2 |theta_s^T H sum_s' theta_s'|, with theta_s the weights of structure s;
+    here those that read the channel, so that coupled channels are one structure. H is the matrix that `curvature` names.
+    """
+    gates = evidence.gates
+    gradient = torch.zeros(gates.size, dtype=torch.float64)
+    for gradients in evidence.label_gradients("Score (sosp-h), gradient"):
+        gradient += gradients.sum(0).cpu()
+    gradient = evidence.reduce(gradient) / evidence.total
+    batches = list(zip(evidence.images, evidence.labels))
+    options = {"total": evidence.total, "reduce": evidence.reduce, "progress": evidence.progress}
+    matrix = gate_curvature(evidence.trace, evidence.state, gates, batches, evidence.config.curvature, **options)
+    curved = matrix(torch.ones(gates.size, dtype=torch.float64))
+    return gates.split(gradient.abs() + 0.5 * curved.abs())
+
+
+def sosp_i(evidence: Evidence) -> Scores:
+    """The greedy marginals of lambda(M) = sum_{s in M} |g_s| + 1/2 sum_{s, s' in M} |G_ss'| (SOSP, arXiv:2110.11395).
+
+    g is the mean gate gradient at the true labels, G the Gauss-Newton gate matrix [S, S] with all terms between layers.
+    A channel's score is what its removal adds to lambda after all that the greedy choice removes before it
+    (`greedy_marginals`), so that the order of the scores is the greedy order. With `threshold="adaptive"` the choice is
+    by marginal per MAC, as the plan's is, else by the marginal itself, as in the paper.
+
+    Deviation: G is mean_n g_n g_n^T with one random g_n an image (`Evidence.model_gradients`), which is G in expectation.
+    """
+    gates = evidence.gates
+    gradient = torch.zeros(gates.size, dtype=torch.float64)
+    for gradients in evidence.label_gradients("Score (sosp-i), gradient"):
+        gradient += gradients.sum(0).cpu()
+    matrix = torch.zeros(gates.size, gates.size, dtype=torch.float32)
+    for gradients in evidence.model_gradients("Score (sosp-i), matrix"):
+        matrix += (gradients.mT @ gradients).to(matrix)
+    gradient, matrix = (evidence.reduce(total) / evidence.total for total in (gradient, matrix))
+    costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.ones(gates.size, dtype=torch.bool)
+    exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
+    for group in _free(evidence.trace):
+        where = gates.slices[group.name]
+        candidates[where] = group.name not in exterior
+        if evidence.config.threshold == "adaptive":
+            costs[where] = max(1, _macs_of_a_channel(evidence, group))
+    return gates.split(greedy_marginals(gradient.abs(), matrix.abs(), costs, candidates))
+
+
+def greedy_marginals(first: Tensor, matrix: Tensor, costs: Tensor, candidates: Tensor) -> Tensor:
+    """What each structure adds to sum_{s in M} first_s + 1/2 sum_{s, s' in M} matrix_ss' when greedily it joins M, [S].
+
+    Next to join is the least marginal per cost, first_s + 1/2 matrix_ss + sum_{s' in M} matrix_ss' over costs_s, among
+    the candidates (others never join, and have the marginal of the first to join). With entries that are not negative,
+    marginals per cost never fall along the way: sorting them gives the order back.
+    """
+    marginals = first + 0.5 * matrix.diagonal().to(first)
+    waiting = candidates.clone()
+    for _ in range(int(candidates.sum())):
+        chosen = int((marginals / costs).masked_fill(~waiting, inf).argmin())
+        waiting[chosen] = False
+        marginals += matrix[chosen].to(first) * waiting
+    return marginals
+
+
+# Weight space
+
+
+def dominant_eigenvector(evidence: Evidence) -> dict[str, Tensor]:
+    """The eigenvector of the largest |eigenvalue| in weight space, as {weight: tensor of its shape}, by power iteration."""
+    config, memory = evidence.config, evidence.memory
+    weights = {name: evidence.state[name] for name in evidence.trace.positions}
+    found = power_iteration(
+        weight_product(evidence),
+        sum(weight.numel() for weight in weights.values()),
+        1,
+        steps=config.power_steps,
+        tolerance=config.power_tolerance,
+        generator=torch.Generator().manual_seed(config.seed),
+        start=memory and memory.load(),
+        keep=memory and memory.save,
+        progress=evidence.progress,
+    )
+    if not found.converged:
+        logger.warning("eigenvector in weight space: %s (power_steps, power_tolerance)", found.verdict)
+    return _split(found.vectors[:, 0].double().cpu(), weights)
+
+
+def weight_product(evidence: Evidence) -> Product:
+    """V [P, k] -> the mean over the curvature images of (H or the Gauss-Newton matrix) V, [P, k]."""
+    trace, state = evidence.trace, evidence.state
+    batches, total = evidence.curvature_batches()
+
+    def logits(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        return trace.graph.run({**state, **weights}, images)[0]
+
+    weights = {name: state[name] for name in trace.positions}
+    options = {"total": total, "reduce": evidence.reduce}
+    return weight_curvature(logits, weights, batches, evidence.config.curvature, **options)[0]
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(like.items(), parts)}
+
+
+def _over_filters(trace: Trace, values: Mapping[str, Tensor]) -> Scores:
+    """Sums over each channel's filters of values that every weight has, [C] a group."""
+    sums = {}
+    for group in _free(trace):
+        rows = [
+            values[slot.tensor].flatten(1).sum(1)[list(slot.index)].view(group.size, -1).sum(1)
+            for slot in group.slots
+            if slot.role != "consumer" and slot.axis == 0 and slot.tensor in values
+        ]
+        sums[group.name] = torch.stack(rows).sum(0)
+    return sums
+
+
+def _free(trace: Trace) -> list[ChannelGroup]:
+    return [group for group in trace.groups if not group.frozen]
+
+
+def _macs_of_a_channel(evidence: Evidence, group: ChannelGroup) -> int:
+    """MACs per image that removing one channel of the group saves at full width."""
+    saved = 0
+    for slot in group.slots:
+        if slot.tensor in evidence.trace.positions:
+            shape = evidence.state[slot.tensor].shape
+            elements = shape.numel() // shape[slot.axis] * (len(slot.index) // group.size)
+            saved += evidence.trace.positions[slot.tensor] * elements
+    return saved
