@@ -11,15 +11,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .report import NOT_MEASURED, PruneReport, Stage, format_bytes, format_count, format_ms, format_share
+from .report import NOT_MEASURED, GroupRatio, PruneReport, Stage, format_bytes, format_count, format_ms, format_share
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # stands for the repo until the folder is pushed
 BATCH_SIZES = (1, 32)
+MOST_BOTTLENECKS = 5
 PAPER = "[CAMP-HiVe](https://arxiv.org/abs/2511.06265)"
 _CAPTIONS = {  # in the order of the card
     "summary.png": "Accuracy and cost of each stage, relative to the dense network",
     "widths.png": "Channels kept in each group, in forward order",
+    "ratios.png": "Share of channels removed from each group, least pruned first",
     "finetune.png": "Loss and accuracy while finetuning",
     "scores.png": "Sorted channel scores of each group",
 }
@@ -249,6 +251,8 @@ def _steps(report: PruneReport) -> str:
     if cut:
         removed = sum(group.size - group.kept for group in cut)
         items.append(f"{removed:,} channels removed from {len(cut)} of {len(report.groups)} channel groups.")
+    if bottlenecks := [row for row in report.pruning_ratios() if row.bottleneck]:
+        items.append(_bottlenecks(bottlenecks))
     if report.dropped:
         items.append(f"Residual branches removed whole: {', '.join(f'`{name}`' for name in report.dropped)}.")
     if report.head_replaced:
@@ -268,6 +272,15 @@ def _steps(report: PruneReport) -> str:
         items.append(f"Environment: {', '.join(f'{key} {value}' for key, value in report.environment.items())}.")
     items.extend(report.notes)
     return _bullets(items)
+
+
+def _bottlenecks(rows: Sequence[GroupRatio]) -> str:
+    shown = ", ".join(f"`{row.group}` ({100 * row.ratio:.0f} %)" for row in rows[:MOST_BOTTLENECKS])
+    more = f" and {len(rows) - MOST_BOTTLENECKS} more" if len(rows) > MOST_BOTTLENECKS else ""
+    return (
+        f"Bottlenecks, which lost less than half the share of channels that all groups lost together: {shown}{more}. "
+        "`camphive expand --from` this folder widens them."
+    )
 
 
 def _settings(report: PruneReport, keys: str) -> str:

@@ -33,12 +33,14 @@ _Cost = tuple[str, float, float, Callable[[float], str]]
 def draw_plots(report: PruneReport, scores: Mapping[str, Sequence[float]] | None, folder: Path) -> dict[str, Path]:
     """Draw what there is to draw into an existing folder; returns the files by name.
 
-    "widths" and "summary" always, "scores" where scores per group and channel are given, "finetune" where the report
-    has a finetuning log.
+    "summary" always, "widths" and "ratios" where groups were cut, "scores" where scores per group and channel are given,
+    "finetune" where the report has a finetuning log.
     """
     figures: dict[str, Figure] = {"summary": draw_summary(report)}
     if report.groups:
         figures["widths"] = draw_widths(report)
+    if report.pruning_ratios():
+        figures["ratios"] = draw_ratios(report)
     if scores:
         figures["scores"] = draw_scores(scores, str(report.config.get("criterion", "")))
     if report.finetune and report.finetune["epochs"]:
@@ -91,6 +93,32 @@ def draw_widths(report: PruneReport) -> Figure:
         fontsize=9,
         handlelength=1.4,
         columnspacing=1.2,
+    )
+    return figure
+
+
+def draw_ratios(report: PruneReport) -> Figure:
+    """One row a group that could be cut, least pruned first; bottlenecks stand out against the share of all."""
+    rows = report.pruning_ratios()
+    groups = [group for group in report.groups if group.in_scope and not group.frozen]
+    overall = 100 * (1 - sum(group.kept for group in groups) / sum(group.size for group in groups))
+    text = 8.5 if len(rows) <= 40 else 7.5
+    figure, axes = _figure(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
+    for i, row in enumerate(rows):
+        axes.barh(i, 100 * row.ratio, color=VERMILION if row.bottleneck else BLUE, height=0.78)
+        axes.text(100 * row.ratio + 1, i, f"{100 * row.ratio:.0f} %", va="center", fontsize=text, color=INK)
+    axes.axvline(overall, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [_shortened(row.group) for row in rows], fontsize=text)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 108)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel(f"channels removed (% of the group); line: all groups, {overall:.0f} %")
+    axes.tick_params(axis="y", length=0)
+    count = sum(row.bottleneck for row in rows)
+    axes.set_title(
+        f"{count} bottleneck{'s' if count != 1 else ''}: lost less than half the share of all (red)",
+        loc="left",
+        fontsize=11,
     )
     return figure
 

@@ -71,6 +71,7 @@ class CampHiVePruner:
         self._finetune: dict[str, Any] | None = None
         self._head_replaced = False
         self._traced: tuple[nn.Module, Trace] | None = None
+        self._exterior: frozenset[str] | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -101,6 +102,8 @@ class CampHiVePruner:
             kind = (self.config.criterion, self.config.merge)
             return PrunePlan(network.groups, network.branches, (), (), *kind, network.macs, network.macs)
         target = self._target(network)
+        if not self.plans:
+            self._exterior = network.exterior
         with self._timed("score"), torch.no_grad():
             self.scores = CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
         with self._timed("plan"):
@@ -408,14 +411,23 @@ class CampHiVePruner:
         """
         if not self.plans:
             return ()
-        last = self.plans[-1]
+        last, exterior = self.plans[-1], self._out_of_scope()
         at = {(slot.tensor, slot.axis): group.name for group in last.groups for slot in group.slots}
         rows = []
         for group in self.plans[0].groups:
             names = [group.name, *(at.get((slot.tensor, slot.axis)) for slot in group.slots)]
             kept = next((last.keep[name] for name in names if name in last.keep), ())
-            rows.append(GroupRow(group.name, group.size, len(kept), group.frozen))
+            in_scope = group.name not in exterior
+            rows.append(GroupRow(group.name, group.size, len(kept), group.frozen, in_scope))
         return tuple(rows)
+
+    def _out_of_scope(self) -> frozenset[str]:
+        """Groups of the dense network that the run was asked to leave alone."""
+        if self.config.scope == "all":
+            return frozenset()
+        if self._exterior is None:  # a resumed run never traced the dense network
+            self._exterior = exterior_groups(trace_network(self.dense, self.input_size))
+        return self._exterior
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ SCHEMA = 1
 NOT_MEASURED = "not measured"
 TABLE_WIDTH = 100
 LEAST_ROUNDS = 3
+BOTTLENECK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What became of a channel group; `frozen` is the reason why it could not be cut, or None."""
+    """What became of a channel group; `frozen` is the reason why it could not be cut, or None.
+
+    `in_scope` is False where the run was asked to leave such groups alone.
+    """
 
     name: str
     size: int
     kept: int
     frozen: str | None
+    in_scope: bool = True
+
+
+@dataclass(frozen=True)
+class GroupRatio:
+    """The share of a group's channels that was removed, in [0, 1], and whether that makes it a bottleneck."""
+
+    group: str
+    ratio: float
+    bottleneck: bool
 
 
 @dataclass(frozen=True)
@@ -105,13 +119,28 @@ class PruneReport:
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
+    def pruning_ratios(self) -> tuple[GroupRatio, ...]:
+        """Pruning ratio of every group that could be cut, lowest first; the lowest are the network's bottlenecks.
+
+        After SOSP (arXiv:2110.11395, expand-pruning): where a global criterion removes little, the network is too
+        narrow. Deviation: the paper reads such layers off a plot; here a bottleneck lost less than half the share that
+        all these groups lost together.
+        """
+        rows = [row for row in self.groups if row.in_scope and not row.frozen]
+        overall = 1 - sum(row.kept for row in rows) / max(1, sum(row.size for row in rows))
+        ratios = [(1 - row.kept / row.size, row.name) for row in rows]
+        ratios.sort(key=lambda pair: pair[0])  # stable: forward order among equals
+        return tuple(GroupRatio(name, ratio, ratio < BOTTLENECK_SHARE * overall) for ratio, name in ratios)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        ratios = [asdict(row) for row in self.pruning_ratios()]
+        return {"schema": SCHEMA, **asdict(self), "pruning_ratios": ratios}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruneReport":
         """Rebuild a report; raises `ModelError` where a key is missing or unknown, or the schema is another."""
         values = dict(values)
+        values.pop("pruning_ratios", None)  # follows from the groups
         if (schema := values.pop("schema", None)) != SCHEMA:
             raise ModelError(
                 f"the report has schema {schema}, not {SCHEMA}; install the version of hf_camphive that wrote it"

@@ -76,6 +76,13 @@ def test_the_table_holds_the_numbers_of_the_report():
     assert cells(text, "validation") == ["10% of train", "5,000"]
 
 
+def test_bottlenecks_are_named():
+    assert "Bottlenecks" not in card().text
+    groups = (*REPORT.groups, *(GroupRow(f"wide{i}", 4, 4, None) for i in range(7)))
+    (line,) = [line for line in card(replace(REPORT, groups=groups)).text.splitlines() if "Bottlenecks" in line]
+    assert "`wide0` (0 %), `wide1` (0 %)" in line and "`wide4` (0 %) and 2 more" in line and "conv1" not in line
+
+
 def test_slower_and_more_are_said_as_such():
     heavier = replace(SMALL, parameters=12_000_000)
     report = replace(REPORT, stages=(REPORT.stages[0], Stage("pruned", heavier, Accuracy(0.72, 0.9, 100, "test"))))
@@ -177,7 +184,7 @@ def test_every_plot_has_a_caption(tmp_path):
     report = replace(REPORT, finetune={"epochs": EPOCHS, "mixed_precision": "no", "steps": 10})
     drawn = sorted(path.name for path in draw_plots(report, {"conv1": [0.1, 0.2]}, tmp_path).values())
     captions = re.findall(r"!\[(.+)\]\(plots/(.+)\.png\)", card(report, plots=tuple(drawn)).text)
-    assert len(captions) == len(drawn) == 4 and all(caption != name for caption, name in captions)
+    assert len(captions) == len(drawn) == 5 and all(caption != name for caption, name in captions)
 
 
 def test_an_unchanged_cost_is_said_so():

@@ -8,7 +8,15 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from hf_camphive.plots import MOST_CURVES, draw_finetune, draw_plots, draw_scores, draw_summary, draw_widths
+from hf_camphive.plots import (
+    MOST_CURVES,
+    draw_finetune,
+    draw_plots,
+    draw_ratios,
+    draw_scores,
+    draw_summary,
+    draw_widths,
+)
 from hf_camphive.report import Accuracy, Footprint, GroupRow, Latency, PruneReport, Stage
 
 GROUPS = (
@@ -70,7 +78,7 @@ def overlaps(figure, artists):
 
 def test_every_picture_is_written_at_readme_width(tmp_path):
     paths = draw_plots(report(), {"conv1": [0.1, 0.2, 0.3]}, tmp_path)
-    assert paths == {n: tmp_path / f"{n}.png" for n in ("summary", "widths", "scores", "finetune")}
+    assert paths == {n: tmp_path / f"{n}.png" for n in ("summary", "widths", "ratios", "scores", "finetune")}
     for path in paths.values():
         with Image.open(path) as image:
             assert image.width == 1200 and 200 < image.height < 1200
@@ -96,6 +104,16 @@ def test_widths_show_the_shares():
     assert [label.get_text() for label in axes.get_yticklabels()] == [group.name for group in GROUPS]
     assert {"12 / 16", "0 / 64  dropped", "512 / 512  frozen", "524 of 592 channels kept (89 %)"} <= set(texts(figure))
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # forward order reads downwards
+
+
+def test_ratios_are_sorted_and_bottlenecks_stand_out():
+    figure = draw_ratios(report())
+    (axes,) = figure.axes
+    assert bars(axes) == {0: [25.0], 1: [100.0]}  # the frozen group cannot be a bottleneck
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "layer1.0.conv1"]
+    red, blue = (bar.get_facecolor() for bar in axes.patches)
+    assert red != blue and "1 bottleneck: lost less than half the share of all (red)" in texts(figure)
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * 68 / 80)
 
 
 @pytest.mark.parametrize("count", [3, 41, 120])

@@ -92,6 +92,8 @@ def test_the_report_is_true(finetuned):
     for row in report.groups:
         shape = dict(net.named_parameters()).get(f"{row.name}.weight")
         assert row.kept == (0 if shape is None else len(shape)), row
+    spared = {row.name for row in report.groups if not row.in_scope}
+    assert "conv1" in spared and not spared & {cut.group for cut in plan.cuts}
     assert report.command == "camphive prune" and report.config == json.loads(json.dumps(vars(job.config)))
 
 

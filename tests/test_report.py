@@ -193,3 +193,20 @@ def test_environment_names_what_figures_depend_on():
     found = environment(processes=2)
     assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
     assert found["processes"] == "2" and found["device"] and all(isinstance(v, str) for v in found.values())
+
+
+def test_bottlenecks_lost_less_than_half_the_share_of_all():
+    rows = (("a", 10, 10), ("b", 10, 8), ("c", 20, 8), ("d", 10, 0), ("e", 10, 9))
+    groups = [GroupRow(name, size, kept, None) for name, size, kept in rows]
+    out = [GroupRow("stem", 90, 90, None, in_scope=False), GroupRow("fc", 10, 10, "output of the network")]
+    found = report(groups=(*groups, *out))
+    ratios = [(row.group, round(row.ratio, 9), row.bottleneck) for row in found.pruning_ratios()]
+    # 25 of 60 channels went; half that share is 0.208.
+    assert ratios == [("a", 0, True), ("e", 0.1, True), ("b", 0.2, True), ("c", 0.6, False), ("d", 1, False)]
+    table = json.loads(found.to_json())["pruning_ratios"]
+    assert [row["group"] for row in table] == ["a", "e", "b", "c", "d"] and table[0]["bottleneck"]
+    assert PruneReport.from_json(found.to_json()) == found
+
+
+def test_nothing_pruned_has_no_bottlenecks():
+    assert not any(row.bottleneck for row in report().pruning_ratios())
