@@ -20,6 +20,7 @@ _HOMES = {
     "CampHiVeError": "errors",
     "CampHiVeForImageClassification": "modeling_camphive",
     "PrunePlan": "plan",
+    "expand": "expansion",
     "from_pretrained": "hub",
     "load_base": "models",
     "load_loaders": "data",

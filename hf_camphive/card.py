@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .expansion import Expansion
 from .report import NOT_MEASURED, GroupRatio, PruneReport, Stage, format_bytes, format_count, format_ms, format_share
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -95,6 +96,33 @@ def render_card(report: PruneReport, repo_id: str | None, plots: Sequence[str] =
         + _BIBTEX,
     )
     return str(card)
+
+
+def render_expansion_card(expansion: Expansion) -> str:
+    """The text of README.md beside a widened network: what it is, and that it is only a step on the way."""
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["timm", "camphive"],
+        "license": expansion.license,
+    }
+    if _is_hub_id(expansion.model_id):
+        values |= {"base_model": expansion.model_id, "base_model_relation": "finetune"}
+    macs = format_count(expansion.macs_before), format_count(expansion.macs_after)
+    parameters = format_count(expansion.parameters_before), format_count(expansion.parameters_after)
+    rows = [f"| `{w.group}` | {w.size} | {len(w.sources)} |" for w in expansion.widenings]
+    lines = [
+        f"---\n{ModelCardData(**values)}\n---\n",
+        f"# {_short(expansion.model_id)}, widened\n",
+        f"{_link(expansion.model_id)} with channels split into copies (Net2WiderNet, arXiv:1511.05641): the same "
+        "function in more channels, to be trained further and pruned again. It is larger than its base and no better.\n",
+        f"MACs per image: {macs[0]} before, {macs[1]} now. Parameters: {parameters[0]} before, {parameters[1]} now. "
+        f"Settings: `factor={expansion.factor}`, `spread={expansion.spread}`, `seed={expansion.seed}`; every copy "
+        "stands in `expansion.json`.\n",
+        "| channel group | before | now |\n| --- | ---: | ---: |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _metadata(report: PruneReport, name: str) -> ModelCardData:

@@ -1,4 +1,4 @@
-"""The command line: `camphive prune | inspect | evaluate`, and the same job for `accelerate launch scripts/prune.py`.
+"""The command line: `camphive prune | inspect | evaluate | expand`, and the same job for `accelerate launch scripts/prune.py`.
 
 Arguments -> config -> pruner; prints what a user should see. The only file that prints.
 """
@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import CampHiVeError, ConfigError
+from .errors import CampHiVeError, ConfigError, ModelError, PlanError
 
-USAGE = """usage: camphive {prune,inspect,evaluate} [options]
+USAGE = """usage: camphive {prune,inspect,evaluate,expand} [options]
 
 Make image classifiers from the Hugging Face Hub smaller for real.
 
   prune      score, merge, cut, finetune and save; without options, the demo
   inspect    show a network's channel groups, what they cost, and what cannot be cut and why
   evaluate   top-1, top-5, MACs and latency of any model on a dataset
+  expand     widen channel groups without changing the function, to train and prune again
 
 camphive COMMAND --help lists the options of a command.
 """
@@ -90,10 +91,30 @@ class RunArguments:
     hub_private_repo: bool = _option(False, "Make the repo private if it is created.")
 
 
+@dataclass
+class ExpandArguments:
+    """What to widen, and how far."""
+
+    factor: float = _option(2.0, "Channels of a widened group, relative to what it has.")
+    groups: str | None = _option(
+        None,
+        "Channel groups to widen, by name and split by commas (see camphive inspect); all that can be by default.",
+    )
+    from_report: str | None = _option(
+        None, "Folder of a pruned model: widen the bottlenecks that its report names.", aliases=["--from"]
+    )
+    spread: float = _option(
+        0.2, "How much the shares of a channel's copies differ, so that training can tell them apart."
+    )
+    seed: int = _option(0, "Seed of what is copied and of the shares.")
+    output_dir: str | None = _option(None, "Folder of the widened model; outputs/<model>-wide by default.")
+    overwrite: bool = _option(False, "Replace a model that stands in the output folder.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `camphive`; returns the exit code: 0, or 2 on an error that the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"prune": prune, "inspect": inspect, "evaluate": evaluate}
+    commands = {"prune": prune, "inspect": inspect, "evaluate": evaluate, "expand": expand}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -229,6 +250,73 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(stages_table([stage], environment(accelerator.device, accelerator.num_processes)))
 
 
+def expand(arguments: Sequence[str]) -> None:
+    """Split the channels of some groups into copies, leave the function as it is, and save the wider network."""
+    if arguments and not arguments[0].startswith("-"):  # camphive expand MODEL
+        arguments = ["--model", *arguments]
+    model, options = _parse("expand", arguments, ModelArguments, ExpandArguments)
+    if options.groups and options.from_report:
+        raise ConfigError("--groups and --from both say what to widen; leave one of them out")
+
+    import torch
+
+    from .expansion import Expansion
+    from .expansion import expand as widen
+    from .hub import check_output_folder, save_expanded
+    from .report import count_macs, count_parameters, format_count, published
+    from .surgery import check_groups
+    from .tracing import trace_network
+
+    output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
+    _log_to_terminal(main_process=True)
+    names = _bottlenecks(Path(options.from_report)) if options.from_report else _listed(options.groups)
+    base = _load(model)
+    size = tuple(base.net.pretrained_cfg["input_size"])
+    trace = check_groups(base.net, trace_network(base.net, size), torch.Generator().manual_seed(options.seed))
+    net, widenings = widen(base.net, trace, options.factor, names, spread=options.spread, seed=options.seed)
+    record = Expansion(
+        model_id=published(base.model_id),
+        license=base.license,
+        factor=options.factor,
+        spread=options.spread,
+        seed=options.seed,
+        macs_before=count_macs(base.net, size),
+        macs_after=count_macs(net, size),
+        parameters_before=count_parameters(base.net),
+        parameters_after=count_parameters(net),
+        widenings=widenings,
+    )
+    folder = save_expanded(output, net, base, base.plans, record, options.overwrite)
+    rows = [
+        ("group", "channels", "widened to", ""),
+        *((w.group, str(w.size), str(len(w.sources)), "") for w in widenings),
+    ]
+    print(_table(rows))
+    print(f"\nMACs per image: {format_count(record.macs_before)} -> {format_count(record.macs_after)}")
+    print(f"parameters: {format_count(record.parameters_before)} -> {format_count(record.parameters_after)}")
+    shown = _relative(folder)
+    print(f"\nThe function is the same. The model is in {shown}: train it, then camphive prune --model {shown}")
+
+
+def _listed(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def _bottlenecks(folder: Path) -> list[str]:
+    """The bottlenecks that the report in a pruned model's folder names."""
+    from .report import REPORT_FILE, PruneReport
+
+    path = folder / REPORT_FILE
+    try:
+        report = PruneReport.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"there is no {path}; give --from the folder of a model that camphive prune saved") from error
+    names = [row.group for row in report.pruning_ratios() if row.bottleneck]
+    if not names:
+        raise PlanError(f"the report in {folder} names no bottleneck; say what to widen with --groups")
+    return names
+
+
 @contextmanager
 def _nothing_left_of_errors(folder: Path) -> Iterator[None]:
     """Remove a folder, and those above it, made within when that ends in an error that the user can mend.
@@ -265,12 +353,13 @@ def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
 def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
     from transformers import HfArgumentParser
 
-    doc = {"prune": prune.__doc__, "inspect": inspect.__doc__, "evaluate": evaluate.__doc__}[command]
+    docs = {"prune": prune.__doc__, "inspect": inspect.__doc__, "evaluate": evaluate.__doc__, "expand": expand.__doc__}
+
     parser = HfArgumentParser(
         kinds,
         prog=f"camphive {command}",
         usage=f"camphive {command} [options]",
-        description=doc,
+        description=docs[command],
         formatter_class=_Help,
         allow_abbrev=False,
     )

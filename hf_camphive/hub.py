@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .card import FOLDER_PLACEHOLDER, render_card
+from .card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
 from .config import CONFIG_FILE, CampHiVeConfig
 from .errors import ModelError, OutputError
+from .expansion import EXPANSION_FILE, Expansion
 from .modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification
 from .plan import PLAN_FILE, PrunePlan, plans_to_json
 from .report import REPORT_FILE, PruneReport
@@ -53,15 +54,9 @@ def save_folder(
     `plots_from` draws pictures into the folder that it is given. A folder saved before is replaced whole when
     `overwrite` is set. Raises OutputError where `check_output_folder` does, or when the disk refuses.
     """
-    folder = check_output_folder(folder, overwrite)
-    for stale in _siblings(folder, "tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = _sibling(folder, "tmp")
-    try:
-        temporary.mkdir(parents=True)
-        labels = {} if base.label_names is None else {"id2label": dict(enumerate(base.label_names))}
-        model = CampHiVeForImageClassification.from_timm(net, base.architecture, base.model_args, **labels)
-        model.save_pretrained(temporary)
+
+    def fill(temporary: Path) -> None:
+        _model(net, base).save_pretrained(temporary)
         config.save_pretrained(temporary)
         Path(temporary, PLAN_FILE).write_text(plans_to_json(plans), encoding="utf-8")
         Path(temporary, REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
@@ -71,15 +66,27 @@ def save_folder(
             plots_from(plots)
         pictures = sorted(path.name for path in plots.glob("*.png"))
         Path(temporary, CARD_FILE).write_text(render_card(report, None, pictures), encoding="utf-8")
-        _put_in_place(temporary, folder)
-    except OSError as error:
-        raise OutputError(
-            f"could not write {folder} ({error}); what stood there before is untouched: free some space or choose "
-            "another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+    return _written(folder, fill, overwrite)
+
+
+def save_expanded(
+    folder: str | Path,
+    net: nn.Module,
+    base: Base,
+    plans: Iterable[PrunePlan],
+    expansion: Expansion,
+    overwrite: bool = False,
+) -> Path:
+    """Write a widened network, to train and prune again; `plans` tell what had been cut before. As `save_folder`."""
+
+    def fill(temporary: Path) -> None:
+        _model(net, base).save_pretrained(temporary)
+        Path(temporary, PLAN_FILE).write_text(plans_to_json(plans), encoding="utf-8")
+        Path(temporary, EXPANSION_FILE).write_text(expansion.to_json(), encoding="utf-8")
+        Path(temporary, CARD_FILE).write_text(render_expansion_card(expansion), encoding="utf-8")
+
+    return _written(folder, fill, overwrite)
 
 
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
@@ -97,7 +104,7 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; the model needs a folder of its own: choose another name")
     if folder.is_dir() and any(path.name != PLAN_FILE for path in folder.iterdir()):  # a dry run leaves a plan alone
-        if not Path(folder, CONFIG_FILE).is_file():
+        if not _is_ours(folder):
             raise OutputError(
                 f"{folder} is not empty and was not saved by hf_camphive (it has no {CONFIG_FILE}); choose another "
                 "folder, so that nothing of yours is lost"
@@ -110,6 +117,35 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write into {existing} ({error.strerror}); choose a folder elsewhere") from error
     return folder
+
+
+def _model(net: nn.Module, base: Base) -> CampHiVeForImageClassification:
+    labels = {} if base.label_names is None else {"id2label": dict(enumerate(base.label_names))}
+    return CampHiVeForImageClassification.from_timm(net, base.architecture, base.model_args, **labels)
+
+
+def _written(folder: str | Path, fill: Callable[[Path], None], overwrite: bool) -> Path:
+    """Let `fill` write a folder beside its place, and put it there whole."""
+    folder = check_output_folder(folder, overwrite)
+    for stale in _siblings(folder, "tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = _sibling(folder, "tmp")
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        _put_in_place(temporary, folder)
+    except OSError as error:
+        raise OutputError(
+            f"could not write {folder} ({error}); what stood there before is untouched: free some space or choose "
+            "another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    return any(Path(folder, name).is_file() for name in (CONFIG_FILE, EXPANSION_FILE))
 
 
 def from_pretrained(
@@ -168,7 +204,7 @@ def push_folder(
     are left out. Raises OutputError.
     """
     folder = Path(folder)
-    if not Path(folder, CONFIG_FILE).is_file():
+    if not _is_ours(folder):
         raise OutputError(f"{folder} was not saved by hf_camphive (it has no {CONFIG_FILE}); push a folder that was")
     card = Path(folder, CARD_FILE)
     api = HfApi(token=token)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .graph import named_tensors
-from .modeling_camphive import resize, shortcuts_of, widths_of
+from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
 from .plan import Branch, ChannelGroup, PrunePlan, Slot
 from .tracing import Trace
 
@@ -118,30 +118,38 @@ def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[st
             del cut[name]
         cut[f"{module}.constant"] = _cut_constant(constants[module], branches[module], plan)
 
-    small = copy.deepcopy(net)
-    shortcuts = shortcuts_of(small)
+    shortcuts = shortcuts_of(net)
     for module in plan.dropped:
         shortcuts[module] = {"shortcut": list(branches[module].shortcut), "after": list(branches[module].after)}
+    return rebuilt(net, cut, shortcuts)
+
+
+def rebuilt(net: nn.Module, tensors: Mapping[str, Tensor], shortcuts: Shortcuts) -> nn.Module:
+    """A copy of the network whose layers have the widths of these tensors, and hold them.
+
+    `shortcuts` names the blocks that are shortcuts in the copy. Raises `PlanError` where the two do not fit.
+    """
+    copied = copy.deepcopy(net)
     widths = {}
-    for name in [*widths_of(net), *plan.dropped]:
-        weight = cut.get(f"{name}.constant", cut.get(f"{name}.weight"))
+    for name in dict.fromkeys([*widths_of(net), *shortcuts]):
+        weight = tensors.get(f"{name}.constant", tensors.get(f"{name}.weight"))
         if weight is not None:
             widths[name] = list(weight.shape)
-    resize(small, widths, shortcuts)
+    resize(copied, widths, shortcuts)
     if _is_channels_last(net):
-        small = small.to(memory_format=torch.channels_last)
+        copied = copied.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        tensors = named_tensors(small)
-        if missing := tensors.keys() ^ cut.keys():
+        places = named_tensors(copied)
+        if missing := places.keys() ^ tensors.keys():
             raise PlanError(f"cutting left tensors {sorted(missing)[:5]} on one side only; please report this network")
-        for name, tensor in tensors.items():
-            if tensor.shape != cut[name].shape:
+        for name, tensor in places.items():
+            if tensor.shape != tensors[name].shape:
                 raise PlanError(
-                    f"{name} should have shape {list(cut[name].shape)} after the cut but has {list(tensor.shape)}; "
+                    f"{name} should have shape {list(tensors[name].shape)} after the cut but has {list(tensor.shape)}; "
                     "please report this network"
                 )
-            tensor.copy_(cut[name])
-    return small
+            tensor.copy_(tensors[name])
+    return copied
 
 
 def _is_channels_last(net: nn.Module) -> bool:

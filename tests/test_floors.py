@@ -10,7 +10,7 @@ FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
     1: ["graph", "planning", "calibration"],
     2: [
-        *("tracing", "branches", "surgery", "spectrum", "traces", "gates", "curvature", "evidence", "second_order"),
+        *("tracing", "branches", "surgery", "expansion", "spectrum", "traces", "gates", "curvature", "evidence", "second_order"),
         *("weight_pruning", "criteria", "reconstruction", "merging"),
         *("report", "plots", "card", "metrics"),
     ],

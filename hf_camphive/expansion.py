@@ -1,0 +1,216 @@
+"""Widening a network without changing its function, so that training can go on and a second pruning follow.
+
+SOSP (arXiv:2110.11395) widens the bottlenecks that a first pruning shows; Net2WiderNet (Chen et al., ICLR 2016,
+arXiv:1511.05641) says how: a channel is split into copies, and whatever reads it reads a share of each.
+"""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PlanError
+from .graph import named_tensors
+from .modeling_camphive import shortcuts_of
+from .plan import ChannelGroup, Slot
+from .surgery import rebuilt
+from .tracing import Trace
+
+EXPANSION_FILE = "expansion.json"
+SCHEMA = 1
+_TOLERANCE = 1e-8  # relative, in float64
+
+
+@dataclass(frozen=True)
+class Widening:
+    """What becomes of a group of `size` channels: new channel i is a copy of channel `sources[i]`.
+
+    Whatever reads the group reads it with `shares[i]` of the old weight; the shares of a channel's copies sum to 1.
+    Copies stand behind their source, so `sources` ascends.
+    """
+
+    group: str
+    size: int
+    sources: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def originals(self) -> tuple[int, ...]:
+        """The first copy of each channel: pruning all others, merged into these, gives the old network back."""
+        return tuple(i for i, source in enumerate(self.sources) if i == 0 or self.sources[i - 1] != source)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The record of a widening, saved beside the widened network; MACs are per image (1 MAC = 2 FLOPs)."""
+
+    model_id: str
+    license: str | None
+    factor: float
+    spread: float
+    seed: int
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    widenings: tuple[Widening, ...]
+
+    def to_json(self) -> str:
+        """The text of `expansion.json`."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+
+def expand(
+    net: nn.Module,
+    trace: Trace,
+    factor: float = 2.0,
+    groups: Iterable[str] | None = None,
+    *,
+    spread: float = 0.2,
+    seed: int = 0,
+) -> tuple[nn.Module, tuple[Widening, ...]]:
+    """A copy of the network in which each named group (by default all that are not frozen) has `factor` x its channels.
+
+    y = sum_c W[:, c] x_c becomes sum_c sum_i (a_ci W[:, c]) x_c with sum_i a_ci = 1: Net2WiderNet, arXiv:1511.05641.
+    Deviation: there all shares are equal, and noise on the copies, which changes the function, tells them apart; here the
+    shares themselves differ by up to `spread` (relative; 0 keeps copies equal for ever), so that gradients do.
+
+    Raises `PlanError` on groups that are unknown, frozen, or whose copies would move the output.
+    """
+    chosen = _chosen(trace.groups, groups)
+    widenings = draw_widenings(chosen, factor, spread, seed)
+    wide = widened(net, trace.groups, widenings)
+    if not _same_function(net, wide, trace.input_size):
+        bad = [
+            w.group for w in widenings if not _same_function(net, widened(net, trace.groups, [w]), trace.input_size)
+        ]
+        raise PlanError(
+            f"splitting the channels of {', '.join(bad) or 'these groups together'} moves the output: how they are "
+            "coupled is not understood; name other groups"
+        )
+    return wide, widenings
+
+
+def draw_widenings(
+    groups: Sequence[ChannelGroup], factor: float, spread: float = 0.2, seed: int = 0
+) -> tuple[Widening, ...]:
+    """Which channels are copied, and how their weight is shared out; the same seed draws the same.
+
+    A group of C channels grows to round(factor * C), by at least one. Every channel has its turn before one is copied
+    again.
+    """
+    if not factor > 1:
+        raise PlanError(f"factor is {factor}; widening needs one above 1, such as 2")
+    if not 0 <= spread < 1:
+        raise PlanError(f"spread is {spread}; shares may differ by a part between 0 and 1, such as 0.2")
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_draw(group, factor, spread, generator) for group in groups)
+
+
+def widened(net: nn.Module, groups: Iterable[ChannelGroup], widenings: Iterable[Widening]) -> nn.Module:
+    """A copy of the network with these groups widened; nothing is checked but that the layers fit one another."""
+    named = {group.name: group for group in groups}
+    layouts: dict[tuple[str, int], dict[int, tuple[int, list[float]]]] = defaultdict(dict)
+    consumed: set[tuple[str, int]] = set()
+    for widening in widenings:
+        group = named[widening.group]
+        shares: list[list[float]] = [[] for _ in range(group.size)]
+        for source, share in zip(widening.sources, widening.shares):
+            shares[source].append(share)
+        for slot in group.slots:
+            for channel, start, length in _blocks(group, slot):
+                layouts[slot.tensor, slot.axis][start] = (length, shares[channel])
+            if slot.role == "consumer":
+                consumed.add((slot.tensor, slot.axis))
+    tensors = dict(named_tensors(net))
+    for (name, axis), blocks in layouts.items():
+        tensors[name] = _split(tensors[name], axis, blocks, scaled=(name, axis) in consumed)
+    try:
+        return rebuilt(net, tensors, shortcuts_of(net))
+    except ValueError as error:
+        raise PlanError(f"the network cannot have these widths ({error}); name other groups") from error
+
+
+def _chosen(groups: Sequence[ChannelGroup], names: Iterable[str] | None) -> list[ChannelGroup]:
+    known = {group.name: group for group in groups}
+    if names is None:
+        return [group for group in groups if not group.frozen]
+    names = set(names)
+    for name in sorted(names):
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise PlanError(f"the network has no channel group {name!r}; {hint}")
+        if known[name].frozen:
+            raise PlanError(f"group {name!r} cannot be widened: {known[name].frozen}")
+    return [group for group in groups if group.name in names]
+
+
+def _draw(group: ChannelGroup, factor: float, spread: float, generator: torch.Generator) -> Widening:
+    extra = max(1, round(factor * group.size) - group.size)
+    copies = [1 + extra // group.size] * group.size
+    for channel in torch.randperm(group.size, generator=generator)[: extra % group.size].tolist():
+        copies[channel] += 1
+    sources, shares = [], []
+    for channel, count in enumerate(copies):
+        raw = 1 + spread * (2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1)
+        part = (raw / raw.sum()).tolist()
+        sources += [channel] * count
+        shares += [*part[1:], 1 - sum(part[1:])]
+    return Widening(group.name, group.size, tuple(sources), tuple(shares))
+
+
+def _blocks(group: ChannelGroup, slot: Slot) -> Iterable[tuple[int, int, int]]:
+    """(channel, first position, length) of each run of positions that is copied as a whole.
+
+    A channel that is flattened before it is read owns a run of positions, which stays together; in tied convolution
+    groups it owns one position in each, and each is copied next to itself.
+    """
+    repeat = len(slot.index) // group.size
+    tied = min((len(s.index) // group.size for s in group.slots if s.role != "consumer"), default=1)
+    run = max(1, repeat // tied)
+    for channel in range(group.size):
+        positions = sorted(slot.index[channel * repeat : (channel + 1) * repeat])
+        for first in range(0, repeat, run):
+            block = positions[first : first + run]
+            if block[-1] - block[0] == len(block) - 1:
+                yield channel, block[0], len(block)
+            else:
+                yield from ((channel, position, 1) for position in block)
+
+
+def _split(tensor: Tensor, axis: int, blocks: Mapping[int, tuple[int, list[float]]], scaled: bool) -> Tensor:
+    """The tensor with its blocks repeated along an axis, once a share, and multiplied by the shares if `scaled`."""
+    order: list[int] = []
+    scale: list[float] = []
+    position = 0
+    while position < tensor.shape[axis]:
+        length, shares = blocks.get(position, (1, [1.0]))
+        for share in shares:
+            order += range(position, position + length)
+            scale += [share] * length
+        position += length
+    split = tensor.detach().index_select(axis, torch.tensor(order, device=tensor.device))
+    if scaled:
+        factors = torch.tensor(scale, dtype=torch.float64, device=tensor.device)
+        split = (split.double() * factors.view([-1 if i == axis else 1 for i in range(split.dim())])).to(tensor.dtype)
+    return split
+
+
+def _same_function(net: nn.Module, wide: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Whether two networks agree on a random image, in float64; the weights are those of the wide one's own precision."""
+    example = next(net.parameters())
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(example.device)
+    with torch.no_grad():
+        a, b = (_double(each)(image.double()) for each in (net, wide))
+    rounding = max(_TOLERANCE, 1e3 * torch.finfo(example.dtype).eps)
+    return bool((a - b).abs().max() <= rounding * a.abs().max().clamp_min(1e-300))
+
+
+def _double(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).double().eval()
