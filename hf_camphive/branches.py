@@ -30,7 +30,7 @@ def junctions(graph: Graph) -> tuple[Junction, ...]:
     found = []
     for node in graph.operations:
         operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in ancestors]
-        if operation(node) != "add" or len(operands) < 2 or operands[0] is operands[1]:
+        if operation(node) != "add" or len(operands) < 2 or operands[0] is operands[1] or _in_implants(node):
             continue
         a, b = operands
         if not (ancestors[a] & ancestors[b]):
@@ -39,6 +39,12 @@ def junctions(graph: Graph) -> tuple[Junction, ...]:
         branch, shortcut = (a, b) if own_a >= own_b else (b, a)
         found.append(Junction(node, branch, shortcut))
     return tuple(found)
+
+
+def _in_implants(node: fx.Node) -> bool:
+    """Whether a convolution adds its 1x1 implants to itself here (`ImplantedConv2d`), which makes no residual branch."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return bool(stack) and str(list(stack.values())[-1][1]).endswith("ImplantedConv2d")
 
 
 def exterior_groups(trace: Trace) -> frozenset[str]:

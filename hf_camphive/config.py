@@ -48,6 +48,9 @@ class CampHiVeConfig:
         "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
     )
     round_to: int = _option(1, "Keep widths that are multiples of this (8 suits most hardware).")
+    implant_ratio: float = _option(
+        0.0, "Share of the removed channels that keep 1x1 kernels in place of larger ones (HAP's neural implants)."
+    )
     min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
     granularity: Literal["channel", "weight"] = _option(
         "channel", "Cut channels, or zero single weights as CAMP-HiVe does, which saves neither MACs nor time."
@@ -105,7 +108,7 @@ class CampHiVeConfig:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in _NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("warmup_ratio", "label_smoothing", "distillation"):
+        for name in ("warmup_ratio", "label_smoothing", "distillation", "implant_ratio"):
             value = getattr(self, name)
             _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
         _require(self.seed < 2**32, f"seed is {self.seed}; it must be below 2^32")
@@ -218,6 +221,7 @@ _NOT_NEGATIVE = (
     "warmup_ratio",
     "label_smoothing",
     "distillation",
+    "implant_ratio",
     "head_epochs",
 )
 

@@ -130,9 +130,10 @@ def merge(
 ) -> State:
     """Full-width weights after the plan's merge rule; the columns of removed channels are zero.
 
+    Implants are merged like other victims: what reads them starts at zero, so that they are what finetuning makes them.
     `batches` are calibration images [N, C, H, W], this process's share; `reduce` sums a tensor over processes.
     """
-    rule = MERGE_RULES[plan.merge]
+    rule, plan = MERGE_RULES[plan.merge], plan.without_implants()
     if rule.mix is None:
         return reconstruct(
             state, plan, trace, batches, ridge=config.ridge, seed=config.seed, reduce=reduce, progress=progress

@@ -22,6 +22,7 @@ from .cifar import CifarResNet  # noqa: F401  (importing it registers the small 
 __all__ = [
     "CampHiVeForImageClassification",
     "CampHiVeTimmConfig",
+    "ImplantedConv2d",
     "Shortcut",
     "resize",
     "shortcuts_of",
@@ -67,6 +68,45 @@ class Shortcut(nn.Module):
         return x
 
 
+class ImplantedConv2d(nn.Conv2d):
+    """A convolution some of whose channels are cheap: 1x1 (HAP's neural implants, arXiv:2101.08940).
+
+    y = [W * x_main + R * x_implanted, M * x] with x = [x_main, x_implanted]: `weight` W is kH x kW; `reads` R
+    [C_main, I, 1, 1] reads the implanted inputs, `makes` M [J, C_in, 1, 1] makes the implanted outputs, which come last.
+    Either may be absent. For convolutions that keep the size up to their stride, without convolution groups.
+    """
+
+    def __init__(self, conv: nn.Conv2d, reads: bool, makes: bool) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.reads = self._pointwise(conv.out_channels, bias=False) if reads else None
+        self.makes = self._pointwise(1, bias=conv.bias is not None) if makes else None
+        self.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x if self.reads is None else x[:, : self.in_channels])
+        if self.reads is not None:
+            y = y + self.reads(x[:, self.in_channels :])
+        return y if self.makes is None else torch.cat([y, self.makes(x)], dim=1)
+
+    def _pointwise(self, outputs: int, bias: bool) -> nn.Conv2d:
+        """A 1x1 convolution of one input channel, to be resized; its weights are zero."""
+        placement = {"device": self.weight.device, "dtype": self.weight.dtype}
+        conv = nn.utils.skip_init(nn.Conv2d, 1, outputs, 1, self.stride, bias=bias, **placement)
+        for parameter in conv.parameters():
+            nn.init.zeros_(parameter).requires_grad_(self.weight.requires_grad)
+        return conv
+
+
 def widths_of(net: nn.Module) -> dict[str, list[int]]:
     """Weight shape of every convolution, linear layer, BatchNorm and `Shortcut` (its constant), by module name."""
     widths = {}
@@ -94,6 +134,8 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
     are not named stay as they are. The widths that timm networks tell about themselves (num_features,
     head_hidden_size, feature_info) are brought up to date by one forward pass on the meta device.
 
+    A convolution becomes an `ImplantedConv2d` where the widths name its `reads` or `makes`.
+
     Raises ValueError on names that the network lacks and on shapes that do not fit a layer or one another.
     """
     for name, kept in shortcuts.items():
@@ -105,6 +147,7 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
             raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
         else:
             net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
+    _implant(net, widths)
     for name, shape in widths.items():
         _resize_module(name, _module(net, name), list(shape))
     if hasattr(net, "forward_features"):
@@ -208,6 +251,22 @@ def _module(net: nn.Module, name: str) -> nn.Module:
         return net.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"{type(net).__name__} has no module {name!r}: {error}") from error
+
+
+def _implant(net: nn.Module, widths: Widths) -> None:
+    """Turn convolutions whose `reads` or `makes` have widths into `ImplantedConv2d`s that have these children."""
+    parents = {name.rpartition(".")[0] for name in widths if name.rpartition(".")[2] in ("reads", "makes")}
+    for name in sorted(parents):
+        conv = _module(net, name)
+        if isinstance(conv, nn.Conv2d):
+            asked = [f"{name}.{child}" in widths for child in ("reads", "makes")]
+            has = [getattr(conv, child, None) is not None for child in ("reads", "makes")]
+            if asked != has:
+                implanted = ImplantedConv2d(conv, *asked)
+                for child in ("reads", "makes"):
+                    if (old := getattr(conv, child, None)) is not None and getattr(implanted, child) is not None:
+                        setattr(implanted, child, old)
+                net.set_submodule(name, implanted)
 
 
 def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:

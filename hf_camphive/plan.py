@@ -5,7 +5,7 @@ Pure data, standard library only. Equal plans are ==, and a plan equals its JSON
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -72,11 +72,15 @@ class Branch:
 
 @dataclass(frozen=True)
 class ChannelCut:
-    """Channels `keep` of a group stay; `pairs` are (removed, receiver) channels of a pairwise merge rule."""
+    """Channels `keep` of a group stay; `pairs` are (removed, receiver) channels of a pairwise merge rule.
+
+    `implants` are channels that stay with 1x1 kernels only (HAP's neural implants); they come after those kept whole.
+    """
 
     group: str
     keep: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...] = ()
+    implants: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class PrunePlan:
                 raise PlanError(
                     f"group {cut.group!r}: keep must be ascending channels of 0..{group.size - 1}, got {cut.keep}"
                 )
+            if set(cut.implants) - set(range(group.size)) or set(cut.implants) & set(cut.keep):
+                raise PlanError(
+                    f"group {cut.group!r}: implants must be channels of 0..{group.size - 1} that are not kept, got "
+                    f"{cut.implants}"
+                )
             for removed, receiver in cut.pairs:
                 if removed in cut.keep or receiver not in cut.keep:
                     raise PlanError(
@@ -121,6 +130,20 @@ class PrunePlan:
         kept = {group.name: tuple(range(group.size)) for group in self.groups}
         return kept | {cut.group: cut.keep for cut in self.cuts}
 
+    @cached_property
+    def remain(self) -> Mapping[str, tuple[int, ...]]:
+        """Channels of every group that are there after the cut, in their order there: kept ones, then implants."""
+        return {name: (*kept, *self.implants.get(name, ())) for name, kept in self.keep.items()}
+
+    @cached_property
+    def implants(self) -> Mapping[str, tuple[int, ...]]:
+        """Implanted channels of the groups that have some."""
+        return {cut.group: cut.implants for cut in self.cuts if cut.implants}
+
+    def without_implants(self) -> "PrunePlan":
+        """The same plan with implants removed like the other victims."""
+        return replace(self, cuts=tuple(replace(cut, implants=()) for cut in self.cuts)) if self.implants else self
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "criterion": self.criterion,
@@ -130,6 +153,7 @@ class PrunePlan:
             "dropped": list(self.dropped),
             "cuts": [
                 {"group": cut.group, "keep": encode_runs(cut.keep), "pairs": [list(pair) for pair in cut.pairs]}
+                | ({"implants": encode_runs(cut.implants)} if cut.implants else {})
                 for cut in self.cuts
             ],
             "groups": [
@@ -170,7 +194,12 @@ class PrunePlan:
                     for branch in values["branches"]
                 ),
                 cuts=tuple(
-                    ChannelCut(cut["group"], decode_runs(cut["keep"]), tuple((a, b) for a, b in cut["pairs"]))
+                    ChannelCut(
+                        cut["group"],
+                        decode_runs(cut["keep"]),
+                        tuple((a, b) for a, b in cut["pairs"]),
+                        decode_runs(cut.get("implants", "")),
+                    )
                     for cut in values["cuts"]
                 ),
                 dropped=tuple(values["dropped"]),
@@ -197,6 +226,8 @@ class PrunePlan:
             for row in rows
         ]
         lines.insert(1, "-" * len(lines[0]))
+        for name, channels in self.implants.items():
+            lines.append(f"implants: {len(channels)} removed channels of {name} keep 1x1 kernels")
         if self.dropped:
             lines.append(f"dropped whole: {', '.join(self.dropped)}")
         for group in self.groups:

@@ -28,6 +28,7 @@ from .data import Loaders
 from .errors import ConfigError, ModelError, PlanError
 from .evidence import Evidence, Memory, Scores
 from .graph import named_tensors
+from .implants import with_implants
 from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, load_base, replace_head
 from .plan import PrunePlan
@@ -107,7 +108,7 @@ class CampHiVePruner:
         with self._timed("score"), torch.no_grad():
             self.scores = CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
         with self._timed("plan"):
-            return with_pairs(make_plan(network, self.scores, target, self.config), self.scores)
+            return with_pairs(self._planned(network, target, trace), self.scores)
 
     def apply(self, plan: PrunePlan, calibration: Batches | Calibration | None = None) -> nn.Module:
         """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
@@ -146,6 +147,11 @@ class CampHiVePruner:
                 batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
                 recalibrate_batchnorm(self.net, batches, self.accelerator)
         self.plans.append(plan)
+        if plan.implants:
+            self.notes.append(
+                f"{sum(map(len, plan.implants.values()))} of the removed channels of cycle {len(self.plans)} keep 1x1 "
+                "kernels (neural implants), which nothing reads before finetuning."
+            )
         return self.net
 
     # The whole job
@@ -311,6 +317,14 @@ class CampHiVePruner:
             )
         to_go = max(1, self.config.cycles - len(self.plans))
         return int(asked) if to_go == 1 else int(network.macs * (asked / network.macs) ** (1 / to_go))
+
+    def _planned(self, network: Budgeted, target: int, trace: Trace) -> PrunePlan:
+        def plan_for(macs: int) -> PrunePlan:
+            return make_plan(network, self.scores, macs, self.config)
+
+        if not self.config.implant_ratio:
+            return plan_for(target)
+        return with_implants(plan_for, target, self.config.implant_ratio, self.scores, trace, network.shapes)
 
     def _fit_head(self, loaders: Loaders) -> None:
         """Replace and train the classifier where the dataset has other classes than the network."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .graph import named_tensors
+from .implants import implanted_slots, split_off_implants, with_centres
 from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
 from .plan import Branch, ChannelGroup, PrunePlan, Slot
 from .tracing import Trace
@@ -24,7 +25,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
     """The plan at full width: consumers read zero from every removed channel, everything else stays.
 
-    W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]. `state` is `named_tensors(net)`.
+    W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]; the kernels [kH, kW] that make or read an
+    implanted channel lose all but their centre. `state` is `named_tensors(net)`.
     """
     masked = dict(state)
     for slot, removed in _removed(plan):
@@ -32,6 +34,8 @@ def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
             weight = masked[slot.tensor].clone()
             weight.index_fill_(slot.axis, torch.tensor(removed, device=weight.device), 0)
             masked[slot.tensor] = weight
+    for slot, positions in implanted_slots(plan):
+        masked[slot.tensor] = with_centres(masked[slot.tensor], slot.axis, positions)
     return masked
 
 
@@ -79,8 +83,8 @@ def _removed(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
     groups = {group.name: group for group in plan.groups}
     for cut in plan.cuts:
         group = groups[cut.group]
-        kept = set(cut.keep)
-        channels = [c for c in range(group.size) if c not in kept]
+        stay = {*cut.keep, *cut.implants}
+        channels = [c for c in range(group.size) if c not in stay]
         for slot in group.slots:
             if removed := slot.positions(channels, group.size):
                 yield slot, removed
@@ -103,16 +107,9 @@ def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
 
 def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[str, Tensor]) -> nn.Module:
     branches = {branch.module: branch for branch in plan.branches}
-    removed: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for slot, positions in _removed(plan):
-        removed[slot.tensor, slot.axis] |= set(positions)
-    cut: State = {}
-    for name, tensor in state.items():
-        for axis in range(tensor.dim()):
-            if gone := removed.get((name, axis)):
-                kept = [i for i in range(tensor.shape[axis]) if i not in gone]
-                tensor = tensor.index_select(axis, torch.tensor(kept, dtype=torch.long, device=tensor.device))
-        cut[name] = tensor
+    cut = dict(state)
+    for (name, axis), positions in _remaining(plan, state).items():
+        cut[name] = cut[name].index_select(axis, torch.tensor(positions, dtype=torch.long, device=cut[name].device))
     for module in plan.dropped:
         for name in [name for name in cut if _vanishes(name, branches[module])]:
             del cut[name]
@@ -121,7 +118,24 @@ def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[st
     shortcuts = shortcuts_of(net)
     for module in plan.dropped:
         shortcuts[module] = {"shortcut": list(branches[module].shortcut), "after": list(branches[module].after)}
-    return rebuilt(net, cut, shortcuts)
+    return rebuilt(net, split_off_implants(cut, plan), shortcuts)
+
+
+def _remaining(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[tuple[str, int], list[int]]:
+    """Positions that stay along each axis that the plan changes, in their new order: a group's implants come last."""
+    homes: dict[tuple[str, int], dict[int, int | None]] = defaultdict(dict)
+    groups = {group.name: group for group in plan.groups}
+    for cut in plan.cuts:
+        group = groups[cut.group]
+        for slot in group.slots:
+            stay = slot.positions(cut.keep, group.size) + slot.positions(cut.implants, group.size)
+            homes[slot.tensor, slot.axis] |= dict.fromkeys(slot.index) | dict(zip(sorted(stay), stay))
+    return {
+        (name, axis): [
+            position for place in range(state[name].shape[axis]) if (position := home.get(place, place)) is not None
+        ]
+        for (name, axis), home in homes.items()
+    }
 
 
 def rebuilt(net: nn.Module, tensors: Mapping[str, Tensor], shortcuts: Shortcuts) -> nn.Module:
@@ -131,7 +145,8 @@ def rebuilt(net: nn.Module, tensors: Mapping[str, Tensor], shortcuts: Shortcuts)
     """
     copied = copy.deepcopy(net)
     widths = {}
-    for name in dict.fromkeys([*widths_of(net), *shortcuts]):
+    implants = [name.removesuffix(".weight") for name in tensors if name.endswith((".reads.weight", ".makes.weight"))]
+    for name in dict.fromkeys([*widths_of(net), *shortcuts, *implants]):
         weight = tensors.get(f"{name}.constant", tensors.get(f"{name}.weight"))
         if weight is not None:
             widths[name] = list(weight.shape)
@@ -170,7 +185,7 @@ def _cut_constant(constant: Tensor, branch: Branch, plan: PrunePlan) -> Tensor:
     for group in plan.groups:
         produced = any(slot.tensor in branch.tensors and slot.axis == 0 for slot in group.slots)
         if produced and group.name not in branch.groups and group.size == len(constant):
-            return constant[list(plan.keep[group.name])]
+            return constant[list(plan.remain[group.name])]
     return constant
 
 
