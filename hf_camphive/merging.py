@@ -130,15 +130,15 @@ def merge(
 ) -> State:
     """Full-width weights after the plan's merge rule; the columns of removed channels are zero.
 
-    Implants are merged like other victims: what reads them starts at zero, so that they are what finetuning makes them.
+    `reconstruct` fits implants as well; all other rules merge them like any victim, and what reads them starts at zero.
     `batches` are calibration images [N, C, H, W], this process's share; `reduce` sums a tensor over processes.
     """
-    rule, plan = MERGE_RULES[plan.merge], plan.without_implants()
+    rule = MERGE_RULES[plan.merge]
     if rule.mix is None:
         return reconstruct(
             state, plan, trace, batches, ridge=config.ridge, seed=config.seed, reduce=reduce, progress=progress
         )
-    layers = _layers(trace)
+    plan, layers = plan.without_implants(), _layers(trace)
     pairs = {cut.group: cut.pairs for cut in plan.cuts}
     consumers = [
         (group, slot, plan.keep[group.name])

@@ -42,6 +42,7 @@ from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
+_IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -150,7 +151,7 @@ class CampHiVePruner:
         if plan.implants:
             self.notes.append(
                 f"{sum(map(len, plan.implants.values()))} of the removed channels of cycle {len(self.plans)} keep 1x1 "
-                "kernels (neural implants), which nothing reads before finetuning."
+                f"kernels (neural implants), {_IMPLANTS_START[rule.mix is None]}."
             )
         return self.net
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .branches import Junction, affine_path, junctions
 from .graph import compute, operation
+from .implants import implanted_slots, with_centres
 from .plan import PrunePlan
 from .surgery import State, mask_state
 from .tracing import Trace
@@ -61,12 +62,13 @@ def reconstruct(
 
     For each layer, min over D of sum ||T - (W + D) x||^2 + ridge * tr(X^T X) / d * ||D||^2, where the rows x [d] of X are
     the patches of kept inputs (d = C_in_kept * kH * kW), T [rows, C_out] is the target and W the present weight. A
-    constant is fitted with it where the layer's bias or the norm after it can carry one.
+    constant is fitted with it where the layer's bias or the norm after it can carry one. Of implants (HAP) only the centre of
+    each kernel is fitted, where they are read and where they are made.
     `batches` are images [N, C, H, W]; on several processes each passes its share and `reduce` sums over processes.
     """
     pruned = mask_state(state, plan)
     twins = _Twins(trace, plan)
-    columns = _kept_columns(plan, state)
+    entries, makers = _kept_entries(plan, state), _implanted_rows(plan, state)
     images = float(reduce(torch.tensor([float(sum(map(len, batches)))], dtype=torch.float64)))
     held: list[dict[Job, Tensor]] = [{(False, trace.graph.image): batch} for batch in batches]
     start = 0
@@ -74,7 +76,7 @@ def reconstruct(
         for stop in tqdm(twins.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
             fit = twins.fits[twins.order[stop][1]]
             constants = (trace.graph.bind(state), trace.graph.bind(pruned))
-            sums = _sums_for(fit, pruned[fit.weight], columns.get(fit.weight))
+            sums = _sums_for(fit, pruned[fit.weight], entries.get(fit.weight))
             fits_in_memory = None
             for number, earlier in enumerate(held):
                 values = twins.advance(earlier, constants, start, stop)
@@ -83,11 +85,16 @@ def reconstruct(
                 if fits_in_memory:
                     held[number] = values
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
-                rows, errors = _rows(fit, twins, values, pruned, columns.get(fit.weight), images, generator)
+                rows, errors = _rows(fit, twins, values, pruned, entries.get(fit.weight), images, generator)
                 sums.add(rows, errors, held_out=number % HELD_OUT == HELD_OUT - 1)
             if fits_in_memory:
                 start = stop
-            _update(pruned, fit, twins, columns.get(fit.weight), *sums.solve(ridge, reduce))
+            solution = sums.solve(ridge, reduce)
+            if (rows := makers.get(fit.weight)) is not None:
+                _fit_implants(
+                    solution, sums, rows, _centres(pruned[fit.weight], entries.get(fit.weight)), ridge, reduce
+                )
+            _update(pruned, fit, twins, entries.get(fit.weight), *solution)
     return pruned
 
 
@@ -139,6 +146,7 @@ class _Twins:
         """Every layer whose weight or input the plan changes is fitted, unless nothing reads it or it is used twice."""
         keep = plan.keep
         cut = {s.tensor for group in plan.groups for s in group.consumers() if len(keep[group.name]) < group.size}
+        cut |= {slot.tensor for slot, _ in implanted_slots(plan)}
         emptied = {
             s.tensor for group in plan.groups for s in group.slots if s.role != "consumer" and not keep[group.name]
         }
@@ -212,6 +220,26 @@ class _Sums:
             solution[best == len(candidates)] = 0
         return solution[:, :-1].mT, solution[:, -1]
 
+    def part(self, unknowns: Tensor, outputs: Tensor) -> "_Sums":
+        """The sums of a smaller fit without convolution groups: some outputs [m] on some unknowns [n]."""
+        constant = self.products.shape[2] - 1
+        kept = torch.cat([unknowns, unknowns.new_tensor([constant])]).to(self.products.device)
+        columns = torch.cat([kept, constant + 1 + outputs.to(kept)])
+        small = _Sums(1, len(kept), len(outputs))
+        small.products, small.rows = self.products[:, :, kept][..., columns], self.rows
+        return small
+
+
+def _fit_implants(
+    solution: tuple[Tensor, Tensor], sums: _Sums, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
+) -> None:
+    """Fit the outputs `rows` anew on the kernels' centres alone, within a solution for all."""
+    change, constant = solution
+    rows = rows.to(change.device)
+    part, constant[0, rows] = (value[0] for value in sums.part(centres, rows).solve(ridge, reduce))
+    change[0, rows] = 0
+    change[0, rows[:, None], centres.to(rows)] = part
+
 
 def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     """Weights and constant [groups, d, C_out / groups] of each group's regression with ridge * mean(diag G) on the weights.
@@ -233,10 +261,10 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     return torch.cat([weights, (total - mean.mT @ weights * count) / count], dim=1)
 
 
-def _sums_for(fit: Fit, weight: Tensor, columns: Tensor | None) -> _Sums:
+def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> _Sums:
     groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
-    kept = weight.shape[1] if columns is None else len(columns)
-    return _Sums(groups, kept * prod(weight.shape[2:]) + 1, weight.shape[0] // groups, weight.device)
+    unknowns = weight[0].numel() if entries is None else len(entries)
+    return _Sums(groups, unknowns + 1, weight.shape[0] // groups, weight.device)
 
 
 def _rows(
@@ -244,7 +272,7 @@ def _rows(
     twins: _Twins,
     values: Mapping[Job, Tensor],
     pruned: Mapping[str, Tensor],
-    columns: Tensor | None,
+    entries: Tensor | None,
     images: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
@@ -265,18 +293,19 @@ def _rows(
         output = output + pruned[twins.tensors[bias]].view(groups, 1, -1)
     errors = target.view(len(target), groups, -1).transpose(0, 1) - output
     errors *= ~_silent(fit, twins.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
-    if columns is not None:
-        patches = patches.view(groups, len(target), weight.shape[1], -1)[:, :, columns].flatten(2)
+    if entries is not None:
+        patches = patches[:, :, entries.to(patches.device)]
     carried = constant_carrier(fit.node, twins.tensors) is not None
     return torch.cat([patches, patches.new_full((*patches.shape[:2], 1), float(carried))], dim=-1), errors
 
 
-def _update(pruned: State, fit: Fit, twins: _Twins, columns: Tensor | None, change: Tensor, constant: Tensor) -> None:
+def _update(pruned: State, fit: Fit, twins: _Twins, entries: Tensor | None, change: Tensor, constant: Tensor) -> None:
     """Write one fit's solution into the masked weights."""
-    weight = pruned[fit.weight].clone()
-    kept = torch.arange(weight.shape[1]) if columns is None else columns
-    change = change.reshape(weight.shape[0], len(kept), *weight.shape[2:]).to(weight)
-    pruned[fit.weight] = weight.index_add_(1, kept.to(weight.device), change)
+    weight = pruned[fit.weight]
+    flat = weight.flatten(1).clone()
+    fitted = torch.arange(flat.shape[1]) if entries is None else entries
+    change = change.reshape(len(flat), len(fitted)).to(flat)
+    pruned[fit.weight] = flat.index_add_(1, fitted.to(flat.device), change).view_as(weight)
     carrier = constant_carrier(fit.node, twins.tensors)
     if carrier:
         name, sign = carrier
@@ -300,18 +329,35 @@ def _argument(node: fx.Node, position: int, default: object = None) -> object:
     return node.args[position] if len(node.args) > position else default
 
 
-def _kept_columns(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Positions along axis 1 that remain, for every weight that loses some."""
-    gone: dict[str, set[int]] = {}
-    keep = plan.keep
+def _kept_entries(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat positions within W[0] [C_in, kH, kW] that remain, for every weight of which some go."""
+    left: dict[str, Tensor] = {}
     for group in plan.groups:
-        removed = sorted(set(range(group.size)) - set(keep[group.name]))
-        for slot in group.consumers() if removed else ():
-            gone.setdefault(slot.tensor, set()).update(slot.positions(removed, group.size))
+        removed = sorted(set(range(group.size)) - set(plan.remain[group.name]))
+        for slot in group.consumers() if removed or group.name in plan.implants else ():
+            mask = left.setdefault(slot.tensor, torch.ones(state[slot.tensor].shape[1:], dtype=torch.bool))
+            mask[slot.positions(removed, group.size)] = False
+    for slot, positions in implanted_slots(plan):
+        if slot.role == "consumer":
+            mask = left[slot.tensor]
+            left[slot.tensor] = with_centres(mask[None], 1, positions)[0]
+    return {name: mask.flatten().nonzero()[:, 0] for name, mask in left.items()}
+
+
+def _implanted_rows(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs [a] of each weight that are implants, where its kernels are larger than 1x1."""
     return {
-        name: torch.tensor([i for i in range(state[name].shape[1]) if i not in positions], dtype=torch.long)
-        for name, positions in gone.items()
+        slot.tensor: torch.tensor(positions)
+        for slot, positions in implanted_slots(plan)
+        if slot.role == "producer" and state[slot.tensor][0, 0].numel() > 1
     }
+
+
+def _centres(weight: Tensor, entries: Tensor | None) -> Tensor:
+    """Which of the fitted entries of W[0] [C_in, kH, kW] are the centre of a kernel."""
+    mask = torch.ones((1, *weight.shape[1:]), dtype=torch.bool)
+    mask = with_centres(mask, 1, list(range(weight.shape[1]))).flatten()
+    return (mask if entries is None else mask[entries]).nonzero()[:, 0]
 
 
 def _pick(target: Tensor, weight: Tensor, images: float, generator: torch.Generator) -> Tensor:

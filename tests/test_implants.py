@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -25,6 +26,7 @@ from hf_camphive.models import load_base
 from hf_camphive.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
 from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.reconstruction import reconstruct
 from hf_camphive.report import count_macs, measure_latency
 from hf_camphive.surgery import apply_plan, check_groups, mask_state
 from hf_camphive.tracing import trace_network
@@ -188,6 +190,43 @@ def test_implants_train_from_zero(toy):
         torch.nn.functional.cross_entropy(small(images(4, seed=step)), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
     assert conv.reads.weight.all() and not torch.equal(small.block1.conv1.makes.weight, before[1])
+
+
+def test_reconstruction_fits_implants_like_numpys_least_squares():
+    net = randomise(ToyResNet())
+    trace, state = trace_network(net, (3, 8, 8)), {name: t.detach() for name, t in named_tensors(net).items()}
+    keep, implants, x = [0, 2, 3], [1, 4], images(6)
+    plan = PrunePlan(
+        trace.groups, (), (ChannelCut("block1.conv1", tuple(keep), (), tuple(implants)),), (), "random", "none", 2, 1
+    )
+    after = reconstruct(state, plan, trace, [x[:4], x[4:]], ridge=1e-14)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in mask_state(after, plan).items())
+
+    def fitted(rows, target):
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1).numpy()
+        return np.linalg.lstsq(rows, target.permute(0, 2, 3, 1).flatten(0, 2).numpy(), rcond=None)[0]
+
+    def pixels(value):
+        return value.permute(0, 2, 3, 1).flatten(0, 2)
+
+    block = net.block1
+    with torch.no_grad():
+        stem = net.act(net.bn(net.stem(x)))
+        dense = block.conv1(stem)
+        made = fitted(pixels(stem), dense[:, implants])
+        np.testing.assert_allclose(after["block1.conv1.weight"][implants, :, 1, 1].T, made[:-1], rtol=1e-6, atol=1e-8)
+        shift = state["block1.bn1.running_mean"] - after["block1.bn1.running_mean"]
+        np.testing.assert_allclose(shift[implants], made[-1], atol=1e-8)
+        torch.testing.assert_close(after["block1.conv1.weight"][keep], state["block1.conv1.weight"][keep])
+
+        target = block.conv2(block.act1(block.bn1(dense)))
+        values = [node for node in trace.graph.operations if node.target is torch.ops.aten.conv2d.default]
+        (inner,) = trace.graph.run(after, x, [values[2].args[0]])  # what block1.conv2 reads
+        patches = torch.nn.functional.unfold(inner[:, keep], 3, padding=1).transpose(1, 2).reshape(-1, 27)
+        read = fitted(torch.cat([patches, pixels(inner[:, implants])], 1), target)
+    weight = after["block1.conv2.weight"]
+    np.testing.assert_allclose(weight[:, keep].flatten(1).T, read[:27], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(weight[:, implants, 1, 1].T, read[27:29], rtol=1e-6, atol=1e-8)
 
 
 # Whole runs
