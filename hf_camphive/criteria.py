@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from tqdm.auto import tqdm
 
 from .curvature import Curvature, factored_curvature, gate_curvature, gauss_newton_factor
 from .evidence import Evidence, Scores
