@@ -1,4 +1,4 @@
-"""The command line: `camphive prune | inspect | evaluate | expand`, and the same job for `accelerate launch scripts/prune.py`.
+"""The command line: `camphive prune | inspect | evaluate | expand | compare`, and the same job for `accelerate launch scripts/prune.py`.
 
 Arguments -> config -> pruner; prints what a user should see. The only file that prints.
 """
@@ -11,13 +11,13 @@ import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import CampHiVeError, ConfigError, ModelError, PlanError
 
-USAGE = """usage: camphive {prune,inspect,evaluate,expand} [options]
+USAGE = """usage: camphive {prune,inspect,evaluate,expand,compare} [options]
 
 Make image classifiers from the Hugging Face Hub smaller for real.
 
@@ -25,6 +25,7 @@ Make image classifiers from the Hugging Face Hub smaller for real.
   inspect    show a network's channel groups, what they cost, and what cannot be cut and why
   evaluate   top-1, top-5, MACs and latency of any model on a dataset
   expand     widen channel groups without changing the function, to train and prune again
+  compare    methods, merge rules and ratios side by side over several seeds: table and plot
 
 camphive COMMAND --help lists the options of a command.
 """
@@ -111,10 +112,27 @@ class ExpandArguments:
     overwrite: bool = _option(False, "Replace a model that stands in the output folder.")
 
 
+@dataclass
+class CompareArguments:
+    """Which runs; several values are separated by commas, and every combination is run."""
+
+    methods: str = _option("fisher,magnitude", "Criteria to compare, as --criterion of `camphive prune` has them.")
+    merge: str = _option("reconstruct", "Merge rules.")
+    ratios: str = _option("1.5,2.1,2.6,4.2", "How many times fewer MACs.")
+    seeds: int = _option(3, "So many runs of each, with other calibration images and random numbers.")
+    cycles: str = _option("1", "Numbers of cycles.")
+    calibration_size: str = _option("1024", "Numbers of calibration images.")
+    output_dir: str | None = _option(
+        None,
+        "Folder of results.json, .csv, .md and .png; outputs/<model>-comparison by default. Runs that stand there "
+        "already are not repeated, so the same command goes on with what was interrupted.",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `camphive`; returns the exit code: 0, or 2 on an error that the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"prune": prune, "inspect": inspect, "evaluate": evaluate, "expand": expand}
+    commands = {"prune": prune, "inspect": inspect, "evaluate": evaluate, "expand": expand, "compare": compare}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -269,7 +287,9 @@ def expand(arguments: Sequence[str]) -> None:
 
     output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
     _log_to_terminal(main_process=True)
-    names = _bottlenecks(Path(options.from_report)) if options.from_report else _listed(options.groups)
+    names = (
+        _bottlenecks(Path(options.from_report)) if options.from_report else options.groups and _listed(options.groups)
+    )
     base = _load(model)
     size = tuple(base.net.pretrained_cfg["input_size"])
     trace = check_groups(base.net, trace_network(base.net, size), torch.Generator().manual_seed(options.seed))
@@ -298,10 +318,6 @@ def expand(arguments: Sequence[str]) -> None:
     print(f"\nThe function is the same. The model is in {shown}: train it, then camphive prune --model {shown}")
 
 
-def _listed(names: str | None) -> list[str] | None:
-    return None if names is None else [name.strip() for name in names.split(",")]
-
-
 def _bottlenecks(folder: Path) -> list[str]:
     """The bottlenecks that the report in a pruned model's folder names."""
     from .report import REPORT_FILE, PruneReport
@@ -315,6 +331,39 @@ def _bottlenecks(folder: Path) -> list[str]:
     if not names:
         raise PlanError(f"the report in {folder} names no bottleneck; say what to widen with --groups")
     return names
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
+    from .config import CampHiVeConfig
+
+    settings = _settings_of(CampHiVeConfig, without=("criterion", *vars(CompareArguments())), num_train_epochs=0.0)
+    model, data, asked, chosen = _parse(
+        "compare", arguments, ModelArguments, DataArguments, CompareArguments, settings
+    )
+    if data.streaming and chosen.num_train_epochs and not data.max_train_samples:
+        raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
+
+    from .comparison import Comparison, grid
+
+    cells = grid(
+        methods=_listed(asked.methods),
+        merges=_listed(asked.merge),
+        ratios=_numbers("ratios", asked.ratios, float),
+        seeds=asked.seeds,
+        cycles=_numbers("cycles", asked.cycles, int),
+        calibration_sizes=_numbers("calibration-size", asked.calibration_size, int),
+    )
+    base = _load(model)
+    described = {**asdict(data), "dataset": data.dataset or _usual_dataset(model.model)}
+    del described["dataloader_num_workers"]  # changes nothing but time
+    folder = asked.output_dir or f"outputs/{_short(model.model)}-comparison"
+    config = CampHiVeConfig(**asdict(chosen))
+    comparison = Comparison(base, config, lambda run: _loaders(model, data, base.net, run), folder, data=described)
+    _log_to_terminal(comparison.accelerator.is_local_main_process)
+    results = comparison.run(cells)
+    if comparison.accelerator.is_main_process:
+        print(f"\n{results.to_markdown()}\nThis table, the rows and a plot are in {_relative(comparison.folder)}")
 
 
 @contextmanager
@@ -353,13 +402,12 @@ def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
 def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
     from transformers import HfArgumentParser
 
-    docs = {"prune": prune.__doc__, "inspect": inspect.__doc__, "evaluate": evaluate.__doc__, "expand": expand.__doc__}
-
+    doc = {verb.__name__: verb.__doc__ for verb in (prune, inspect, evaluate, expand, compare)}[command]
     parser = HfArgumentParser(
         kinds,
         prog=f"camphive {command}",
         usage=f"camphive {command} [options]",
-        description=docs[command],
+        description=doc,
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -379,6 +427,25 @@ def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")
     return PRESETS.get(parser.parse_known_args(list(arguments))[0].preset, {})
+
+
+def _settings_of(config: type, without: Sequence[str], **defaults: Any) -> type:
+    """The fields of the config that are not among `without`, as options of a command that has its own word for those."""
+    kept = [f for f in fields(config) if f.name not in (*without, "target_macs", "seed")]
+    options = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata=f.metadata)) for f in kept]
+    return make_dataclass("Settings", options)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in _listed(text)]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"--{option} is {text!r}; give {what} separated by commas") from error
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

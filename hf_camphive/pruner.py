@@ -82,18 +82,30 @@ class CampHiVePruner:
 
     def check_budget(self) -> None:
         """Raise `PlanError` where nothing can be pruned or the floors do not allow the budget; needs no data."""
+        self.next_target()
+
+    def next_target(self) -> tuple[Trace, int]:
+        """Channel groups of the network as it is now, and the MACs per image that the next cycle should leave."""
         trace = self._trace()
-        if self.config.granularity == "channel":
-            self._target(self._budgeted(trace, named_tensors(self.net)))
+        network = self._budgeted(trace, named_tensors(self.net))
+        return trace, self._target(network) if self.config.granularity == "channel" else network.macs
+
+    @property
+    def finished(self) -> bool:
+        """Whether all cycles are done, or earlier ones left nothing to do: a branch that goes whole may save more."""
+        return len(self.plans) >= self.config.cycles or self._budget_met()
 
     # The two halves of a cycle
 
-    def plan(self, calibration: Batches | Calibration, memory: Memory | None = None) -> PrunePlan:
+    def plan(
+        self, calibration: Batches | Calibration, memory: Memory | None = None, scores: Scores | None = None
+    ) -> PrunePlan:
         """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
 
         With granularity "weight" the plan cuts nothing; `apply` then scores and zeroes weights.
         `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. A criterion that iterates keeps where it
-        stands in `memory`, and goes on from there. Raises `PlanError` on a budget that cannot be
+        stands in `memory`, and goes on from there; `scores` that were worked out before on the same network and images
+        are taken as they are. Raises `PlanError` on a budget that cannot be
         met, and on a network with nothing to prune.
         """
         calibration = self._collected(calibration)
@@ -107,12 +119,20 @@ class CampHiVePruner:
         if not self.plans:
             self._exterior = network.exterior
         with self._timed("score"), torch.no_grad():
-            self.scores = CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
+            self.scores = (
+                scores
+                if scores is not None
+                else CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
+            )
         with self._timed("plan"):
             return with_pairs(self._planned(network, target, trace), self.scores)
 
-    def apply(self, plan: PrunePlan, calibration: Batches | Calibration | None = None) -> nn.Module:
+    def apply(
+        self, plan: PrunePlan, calibration: Batches | Calibration | None = None, recalibrate: bool = True
+    ) -> nn.Module:
         """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
+
+        Without `recalibrate` the last step is left to the caller.
 
         Raises `PlanError` where the plan was made for another network, `ConfigError` where its merge rule looks at data
         and there is no calibration.
@@ -143,7 +163,7 @@ class CampHiVePruner:
                 )
             with self._timed("cut"):
                 self.net = apply_plan(self.net, plan, trace, state)
-        if rule.recalibrate:
+        if rule.recalibrate and recalibrate:
             with self._timed("recalibrate"):
                 batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
                 recalibrate_batchnorm(self.net, batches, self.accelerator)
@@ -180,7 +200,7 @@ class CampHiVePruner:
         if len(self.plans) < self.config.cycles:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)
-        while len(self.plans) < self.config.cycles and not self._budget_met():
+        while not self.finished:
             plan = self.plan(calibration, memory)
             logger.info("Cycle %d of %d:\n%s", len(self.plans) + 1, self.config.cycles, plan.summary())
             self.apply(plan, calibration)

@@ -24,17 +24,17 @@ FLOORS = {
             "second_order",
         ),
         *("weight_pruning", "criteria", "reconstruction", "merging"),
-        *("report", "plots", "card", "metrics"),
+        *("report", "results", "plots", "card", "metrics"),
     ],
     3: ["data", "models", "training", "hub"],
-    4: ["resume", "pruner"],
+    4: ["resume", "pruner", "comparison"],
     5: ["cli"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
 WITHIN = {module: i for modules in FLOORS.values() for i, module in enumerate(modules)}
 PRINTS = {"cli"}
-WRITES = {"config", "hub", "resume", "cli", "training"}  # training: the checkpoints of a run
+WRITES = {"config", "hub", "resume", "cli", "comparison", "training"}  # training: the checkpoints of a run
 DRAWS = {"plots"}  # figures into a folder that it is given
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 

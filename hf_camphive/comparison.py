@@ -1,0 +1,368 @@
+"""Comparing methods: a grid of runs on one network, each from the dense weights, kept as it comes and never run twice.
+
+Every run is the pruner's own; only what they can share is shared: the network, the images, and the scores of the dense
+network, which do not depend on what is done with them. A method that is not in `CRITERIA` is a function that makes a plan.
+"""
+
+import copy
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .calibration import Calibration
+from .config import CampHiVeConfig
+from .criteria import CRITERIA, Scores
+from .data import Loaders
+from .errors import ConfigError, OutputError, PlanError, TrainingError
+from .graph import named_tensors
+from .merging import MERGE_RULES
+from .models import BaseModel
+from .plan import PrunePlan
+from .plots import DPI, draw_comparison
+from .pruner import CampHiVePruner
+from .report import Accuracy, count_macs, count_parameters, environment, format_share, published
+from .results import Cell, Results, Row, differences
+from .tracing import Trace
+from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm
+
+logger = logging.getLogger(__name__)
+RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"
+GRID = ("criterion", "merge", "target_macs", "cycles", "calibration_size", "seed")
+"""Fields of the config that the cells of a grid decide; all others are settings that the whole comparison shares."""
+HELD_BYTES = 2**30  # test images are decoded once where they take no more memory than this
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method that is not in `CRITERIA` is given: a network, its channel groups, images and MACs per image to leave.
+
+    The network may be used freely, as a copy; the plan is for `trace.groups`.
+    """
+
+    net: nn.Module
+    trace: Trace
+    calibration: Calibration
+    target_macs: int
+    config: CampHiVeConfig
+
+
+Method = Callable[[Problem], PrunePlan]
+
+
+def grid(
+    methods: Iterable[str],
+    merges: Iterable[str],
+    ratios: Iterable[float],
+    seeds: int = 3,
+    cycles: Iterable[int] = (1,),
+    calibration_sizes: Iterable[int] = (1024,),
+) -> tuple[Cell, ...]:
+    """Every combination once, seed after seed, so that all methods have a first figure soon."""
+    combinations = product(range(seeds), calibration_sizes, methods, cycles, merges, ratios)
+    cells = (Cell(method, merge, ratio, n, size, seed) for seed, size, method, n, merge, ratio in combinations)
+    return tuple(dict.fromkeys(cells))
+
+
+class Comparison:
+    """Runs cells one by one and keeps what they measure in `folder`: results.json, results.csv, results.md, results.png.
+
+    `config` holds the settings that all runs share (its grid fields are ignored); `load` opens the data for a config,
+    whose seed and calibration size choose the calibration images; `data` says what data that is, for the files.
+    `methods` are methods besides the criteria, by name. The same folder may be filled by several processes at a time.
+    Raises `ConfigError` where the folder's results are those of other settings, `OutputError` where it holds other files.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: CampHiVeConfig,
+        load: Callable[[CampHiVeConfig], Loaders],
+        folder: str | Path,
+        *,
+        data: Mapping[str, Any],
+        methods: Mapping[str, Method] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.base, self.config, self.load = base, config, load
+        self.folder = Path(folder).expanduser().resolve()
+        self.methods = dict(methods or {})
+        self.accelerator = accelerator or make_accelerator(config)
+        self.settings = _settings(base, config, data)
+        self.results = self._kept()
+        self.dense = copy.deepcopy(base.net).to(self.accelerator.device, memory_format=torch.channels_last).eval()
+        self._images: tuple[tuple[int, int], _Images] | None = None
+        self._scores: dict[tuple[str, int, int], tuple[Scores, float]] = {}
+
+    def run(self, cells: Sequence[Cell]) -> Results:
+        """Run those cells that are not done yet; a cell that cannot be run is noted with the reason, and tried next time.
+
+        Raises `ConfigError` or `PlanError` on cells that cannot work, before any of them is run.
+        """
+        self.check(cells)
+        todo = [cell for cell in cells if cell not in self.results.done()]
+        shown = self.accelerator.is_local_main_process
+        with tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run", disable=not shown) as bar:
+            for cell in todo:
+                bar.set_description(str(cell))
+                try:
+                    row = self._run(cell)
+                except (PlanError, TrainingError) as error:
+                    logger.warning("%s failed: %s", cell, error)
+                    self._keep(lambda results, cell=cell, error=error: results.with_failure(cell, str(error)))
+                else:
+                    logger.info("%s: top-1 %s in %s", cell, format_share(row.final), _seconds(row))
+                    self._keep(lambda results, row=row: results.with_row(row))
+                bar.update()
+        return self.results
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raise `ConfigError` or `PlanError` where a cell cannot work; needs no data."""
+        if not cells:
+            raise ConfigError("there is nothing to compare; name at least one method, merge rule, ratio and seed")
+        for cell in cells:
+            _choice("method", cell.method, {**CRITERIA, **self.methods})
+            _choice("merge rule", cell.merge, MERGE_RULES)
+            if cell.method in self.methods and MERGE_RULES[cell.merge].pairs:
+                raise ConfigError(
+                    f"merge rule {cell.merge!r} pairs channels by their scores, and {cell.method!r} gives a plan without "
+                    "scores; choose reconstruct, lstsq, nearest or none"
+                )
+            self._config(cell)
+        smallest = max(cells, key=lambda cell: cell.ratio)
+        CampHiVePruner(self.base, self._config(smallest), self.accelerator).check_budget()
+
+    # One run
+
+    def _run(self, cell: Cell) -> Row:
+        config, images = self._config(cell), self._images_of(cell)
+        pruner = CampHiVePruner(self.base, config, self.accelerator)
+        seconds = pruner.seconds
+        rule = MERGE_RULES[cell.merge]
+        while not pruner.finished:
+            plan = self._plan(pruner, cell, images.calibration)
+            cut = pruner.apply(plan, images.calibration, recalibrate=False)
+            if rule.recalibrate or pruner.finished:
+                recalibrated = copy.deepcopy(cut)
+                start = time.perf_counter()
+                recalibrate_batchnorm(recalibrated, images.batches, self.accelerator)
+                seconds["recalibrate"] = seconds.get("recalibrate", 0.0) + time.perf_counter() - start
+            pruner.net = recalibrated if rule.recalibrate else cut
+        accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
+        return Row(
+            cell,
+            images.dense.top1,
+            *accuracies,
+            finetuned=self._finetuned(pruner, images) if config.num_train_epochs else None,
+            recalibrates=rule.recalibrate,
+            images=images.dense.images,
+            split=images.split,
+            calibration=images.loaders.info.splits["calibration"],
+            dense_macs=count_macs(self.dense, pruner.input_size),
+            macs=count_macs(pruner.net, pruner.input_size),
+            parameters=count_parameters(pruner.net),
+            dropped=sum(len(plan.dropped) for plan in pruner.plans),
+            seconds={step: round(value, 3) for step, value in seconds.items()},
+            environment=environment(self.accelerator.device, self.accelerator.num_processes),
+        )
+
+    def _plan(self, pruner: CampHiVePruner, cell: Cell, calibration: Calibration) -> PrunePlan:
+        """The next cycle's plan; the scores of the dense network are worked out once for all merge rules and ratios."""
+        if cell.method in self.methods:
+            return self._foreign_plan(pruner, cell, calibration)
+        key = (cell.method, cell.calibration_size, cell.seed)
+        if pruner.plans:
+            return pruner.plan(calibration)
+        if key not in self._scores:
+            plan = pruner.plan(calibration)
+            self._scores[key] = pruner.scores, pruner.seconds["score"]
+            return plan
+        scores, seconds = self._scores[key]
+        plan = pruner.plan(calibration, scores=scores)
+        pruner.seconds["score"] = seconds
+        return plan
+
+    def _foreign_plan(self, pruner: CampHiVePruner, cell: Cell, calibration: Calibration) -> PrunePlan:
+        trace, target = pruner.next_target()
+        start = time.perf_counter()
+        problem = Problem(copy.deepcopy(pruner.net), trace, calibration, target, pruner.config)
+        plan = replace(self.methods[cell.method](problem), criterion=cell.method, merge=cell.merge)
+        pruner.seconds["plan"] = pruner.seconds.get("plan", 0.0) + time.perf_counter() - start
+        return plan
+
+    def _finetuned(self, pruner: CampHiVePruner, images: "_Images") -> float:
+        """Top-1 after finetuning what the merge rule delivers, in place; every run sees its images in the same order."""
+        net = pruner.net
+        set_seed(pruner.config.seed)
+        if (order := images.loaders.train.generator) is not None:
+            order.manual_seed(pruner.config.seed)
+        start = time.perf_counter()
+        finetune(net, images.loaders, pruner.config, self.accelerator, self.dense)
+        pruner.seconds["finetune"] = time.perf_counter() - start
+        return images.accuracy(net, self.accelerator).top1
+
+    # What runs share
+
+    def _config(self, cell: Cell) -> CampHiVeConfig:
+        if not 1 < cell.ratio < float("inf"):
+            raise ConfigError(f"ratio {cell.ratio:g} must be above 1: 2.1 means 2.1 times fewer MACs")
+        criterion = self.config.criterion if cell.method in self.methods else cell.method
+        return replace(
+            self.config,
+            criterion=criterion,
+            merge=cell.merge,
+            target_macs=1 / cell.ratio,
+            cycles=cell.cycles,
+            calibration_size=cell.calibration_size,
+            seed=cell.seed,
+        )
+
+    def _images_of(self, cell: Cell) -> "_Images":
+        """Calibration and test images of a cell; those of the last cell are kept."""
+        key = (cell.seed, cell.calibration_size)
+        if self._images is None or self._images[0] != key:
+            self._images = None  # frees the memory of the last ones first
+            loaders = self.load(self._config(cell))
+            self._images = key, _Images.of(loaders, cell.calibration_size, self.dense, self.config, self.accelerator)
+        return self._images[1]
+
+    # The folder
+
+    def _kept(self) -> Results:
+        """The results in the folder, or none; nothing is written yet."""
+        path = self.folder / RESULTS
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError(f"{self.folder} is a file; choose another --output-dir")
+        if not path.exists():
+            if taken := [name for name in (CSV, TABLE, PLOT) if (self.folder / name).exists()]:
+                raise OutputError(
+                    f"{self.folder} holds {taken[0]} but no {RESULTS}, so it is not a comparison of ours; choose another "
+                    "--output-dir, so that nothing of yours is lost"
+                )
+            return Results(self.settings)
+        results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
+        if changes := differences(results.settings, self.settings):
+            raise ConfigError(
+                f"the results in {self.folder} are those of other settings ({'; '.join(changes)}); go on with the same "
+                "options, or choose another --output-dir"
+            )
+        return results
+
+    def _keep(self, change: Callable[[Results], Results]) -> None:
+        """Change the results on disk, where another process may have added to them meanwhile; each file is replaced whole."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f".{RESULTS}.lock"):
+                self.results = change(self._kept())
+                self._replace(RESULTS, lambda path: path.write_text(self.results.to_json(), encoding="utf-8"))
+                if self.results.rows:
+                    self._replace(CSV, lambda path: path.write_text(self.results.to_csv(), encoding="utf-8"))
+                    self._replace(TABLE, lambda path: path.write_text(self.results.to_markdown(), encoding="utf-8"))
+                    figure = draw_comparison(self.results)
+                    self._replace(PLOT, lambda path: figure.savefig(path, dpi=DPI, metadata={"Software": None}))
+        else:
+            self.results = change(self.results)
+
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        path = self.folder / name
+        temporary = path.with_name(f".{name}.{os.getpid()}{path.suffix}")
+        write(temporary)
+        os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a seed: for calibration in memory, for testing in memory where they fit, and the dense accuracy."""
+
+    loaders: Loaders
+    calibration: Calibration
+    test: DataLoader
+    split: str
+    dense: Accuracy
+
+    @classmethod
+    def of(
+        cls, loaders: Loaders, asked: int, net: nn.Module, config: CampHiVeConfig, accelerator: Accelerator
+    ) -> "_Images":
+        if net.num_classes != len(loaders.info.label_names):
+            raise ConfigError(
+                f"the network has {net.num_classes} classes, the dataset {len(loaders.info.label_names)}; give a dataset "
+                "that the network was trained for"
+            )
+        if config.num_train_epochs and loaders.train is None:
+            raise ConfigError("--epochs: the dataset has no training split to finetune on; use --epochs 0")
+        calibration = Calibration.collect(
+            loaders.calibration, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+        if calibration.total < asked:
+            raise ConfigError(
+                f"--calibration-size {asked}: the dataset has {calibration.total} images for calibration; lower it"
+            )
+        loader, split = loaders.evaluation
+        test = _in_memory(loader)
+        dense = evaluate_accuracy(net, test, accelerator, split, "Evaluate dense")
+        return cls(loaders, calibration, test, split, dense)
+
+    @property
+    def batches(self) -> list[dict[str, Tensor]]:
+        pairs = zip(self.calibration.images, self.calibration.labels)
+        return [{"pixel_values": images, "labels": labels} for images, labels in pairs]
+
+    def accuracy(self, net: nn.Module, accelerator: Accelerator) -> Accuracy:
+        return evaluate_accuracy(net, self.test, accelerator, self.split)
+
+
+def _in_memory(loader: DataLoader) -> DataLoader:
+    """The loader with its rows decoded once and for all, where they fit into `HELD_BYTES`; else as it is."""
+    rows: list[dict[str, Any]] = []
+    for batch in loader:
+        rows += [
+            {"pixel_values": image, "labels": int(label)}
+            for image, label in zip(batch["pixel_values"], batch["labels"])
+        ]
+        if len(rows) * rows[0]["pixel_values"].nbytes > HELD_BYTES:
+            return loader
+    return DataLoader(rows, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _settings(base: BaseModel, config: CampHiVeConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What all rows of one file have in common, as JSON has it."""
+    shared = {key: value for key, value in asdict(config).items() if key not in GRID}
+    described = {key: published(value) if isinstance(value, str) else value for key, value in data.items()}
+    model = {"model": published(base.model_id), "architecture": base.architecture, "revision": base.revision}
+    return {**model, "weights": _fingerprint(base.net), **described, **shared}
+
+
+def _fingerprint(net: nn.Module) -> str:
+    """Short hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named_tensors(net).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _choice(kind: str, name: str, table: Iterable[str]) -> None:
+    names = list(table)
+    if name not in names:
+        close = get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+        raise ConfigError(f"there is no {kind} {name!r}; {hint}")
+
+
+def _seconds(row: Row) -> str:
+    return f"{sum(row.seconds.values()):.0f} s"

@@ -1,0 +1,246 @@
+"""What a comparison measured, as data: one row a run, its mean and spread over seeds, as JSON, CSV and Markdown.
+
+Pure: knows no network and writes no file. Accuracies are top-1 shares in [0, 1], seconds wall time, MACs per image.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import mean, stdev
+from typing import Any
+
+from .errors import OutputError
+
+SCHEMA = 1
+STEPS = ("score", "plan", "merge", "recalibrate", "finetune")  # those whose seconds the table shows
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run of a grid: `ratio` times fewer MACs in so many `cycles`, calibrated on so many images of this seed."""
+
+    method: str
+    merge: str
+    ratio: float
+    cycles: int = 1
+    calibration_size: int = 1024
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} {self.merge} {self.ratio:g}x cycles={self.cycles} calibration={self.calibration_size} "
+            f"seed={self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run measured.
+
+    `pruned` is the network straight after the cut, `recalibrated` the same with the BatchNorm statistics of the
+    calibration images; the merge rule says which of the two it delivers (`recalibrates`), and that one is finetuned.
+    """
+
+    cell: Cell
+    dense: float
+    pruned: float
+    recalibrated: float
+    finetuned: float | None
+    recalibrates: bool
+    images: int
+    split: str
+    calibration: str
+    dense_macs: int
+    macs: int
+    parameters: int
+    dropped: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def delivered(self) -> float:
+        return self.recalibrated if self.recalibrates else self.pruned
+
+    @property
+    def final(self) -> float:
+        return self.delivered if self.finetuned is None else self.finetuned
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None for a single value)."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)
+
+    def percent(self) -> str:
+        """0.9083, 0.0025 -> "90.83 ± 0.25"."""
+        return f"{100 * self.mean:.2f}" + ("" if self.deviation is None else f" ± {100 * self.deviation:.2f}")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of one cell over all seeds; `cell` is that of the lowest seed."""
+
+    cell: Cell
+    rows: tuple[Row, ...]
+
+    def of(self, value: Callable[[Row], float]) -> Spread:
+        return Spread.of(map(value, self.rows))
+
+    @property
+    def recipe(self) -> Cell:
+        """What the rows have in common besides the ratio: one line of a plot."""
+        return replace(self.cell, ratio=0.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows so far, those that failed with the reason, and the settings that they share."""
+
+    settings: dict[str, Any]
+    rows: tuple[Row, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def done(self) -> frozenset[Cell]:
+        return frozenset(row.cell for row in self.rows)
+
+    def with_row(self, row: Row) -> "Results":
+        kept = [other for other in self.rows if other.cell != row.cell]
+        failed = {key: reason for key, reason in self.failed.items() if key != str(row.cell)}
+        return replace(self, rows=tuple(sorted([*kept, row], key=lambda row: row.cell)), failed=failed)
+
+    def with_failure(self, cell: Cell, reason: str) -> "Results":
+        return replace(self, failed=dict(sorted({**self.failed, str(cell): reason}.items())))
+
+    def summaries(self) -> list[Summary]:
+        """One for each cell but for its seed, in the order of cells."""
+        together: dict[Cell, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.cell):
+            together.setdefault(replace(row.cell, seed=0), []).append(row)
+        return [Summary(rows[0].cell, tuple(rows)) for rows in together.values()]
+
+    # Formats
+
+    def to_json(self) -> str:
+        """The text of `results.json`."""
+        values = {"schema": SCHEMA, **asdict(self), "rows": [asdict(row) for row in self.rows]}
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Results":
+        """Read `results.json`; raises `OutputError` on a damaged file, naming it as `where`."""
+        try:
+            values = json.loads(text)
+            if values.pop("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            rows = tuple(Row(**{**row, "cell": Cell(**row["cell"])}) for row in values.pop("rows"))
+            return cls(rows=rows, **values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{where} is not a comparison's results, or is damaged ({type(error).__name__}: {error}); restore it, "
+                "or choose another --output-dir"
+            ) from error
+
+    def to_csv(self) -> str:
+        """One line a row, shares in [0, 1]; seconds of each step in a column of its own."""
+        plain = [f.name for f in fields(Row) if f.name not in ("cell", "seconds", "environment")]
+        columns = [f.name for f in fields(Cell)] + plain + [f"seconds_{step}" for step in STEPS]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            values = asdict(row.cell) | {name: getattr(row, name) for name in plain}
+            writer.writerow(values | {f"seconds_{step}": row.seconds.get(step) for step in STEPS})
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """The comparison for people: what is delivered at each ratio, then every stage with its cost."""
+        if not self.rows:
+            return "No row is done yet.\n"
+        parts = [_measured(self), by_ratio(self.summaries()), "", *_failures(self), _all_stages(self.summaries())]
+        return "\n".join(parts) + "\n"
+
+
+def by_ratio(summaries: Iterable[Summary]) -> str:
+    """A Markdown table: methods down, ratios across, top-1 in % at the end of each run, the best of a ratio in bold."""
+    summaries = list(summaries)
+    ratios = sorted({summary.cell.ratio for summary in summaries})
+    found = {(summary.recipe, summary.cell.ratio): summary.of(lambda row: row.final) for summary in summaries}
+    best = {ratio: max(spread.mean for (_, r), spread in found.items() if r == ratio) for ratio in ratios}
+    recipes = list(dict.fromkeys(summary.recipe for summary in summaries))
+    recipes.sort(key=lambda recipe: [-found[recipe, r].mean if (recipe, r) in found else 1.0 for r in ratios[::-1]])
+
+    def shown(recipe: Cell, ratio: float) -> str:
+        if (recipe, ratio) not in found:
+            return ""
+        text = found[recipe, ratio].percent()
+        return f"**{text}**" if found[recipe, ratio].mean == best[ratio] else text
+
+    lines = [[*_names(recipe), *(shown(recipe, ratio) for ratio in ratios)] for recipe in recipes]
+    return _table(["method", "merge", "cycles", "calibration", *(f"{ratio:g}x" for ratio in ratios)], lines)
+
+
+def _all_stages(summaries: Iterable[Summary]) -> str:
+    lines = []
+    for summary in summaries:
+        stages = [summary.of(lambda row: row.pruned).percent(), summary.of(lambda row: row.recalibrated).percent()]
+        delivered = 1 if summary.rows[0].recalibrates else 0
+        stages[delivered] = f"**{stages[delivered]}**"
+        finetuned = [row.finetuned for row in summary.rows if row.finetuned is not None]
+        seconds = [summary.of(lambda row, step=step: row.seconds.get(step, 0.0)).mean for step in STEPS[:3]]
+        lines.append(
+            [
+                *_names(summary.cell),
+                f"{summary.of(lambda row: row.dense_macs / row.macs).mean:.2f}x",
+                str(len(summary.rows)),
+                *stages,
+                Spread.of(finetuned).percent() if finetuned else "",
+                f"{summary.of(lambda row: row.parameters).mean:,.0f}",
+                " + ".join(f"{value:.1f}" for value in seconds),
+            ]
+        )
+    header = ["method", "merge", "cycles", "calibration", "fewer MACs", "seeds"]
+    header += ["pruned", "recalibrated", "finetuned", "parameters", "seconds: score + plan + merge"]
+    return _table(header, lines)
+
+
+def _names(cell: Cell) -> list[str]:
+    return [f"`{cell.method}`", f"`{cell.merge}`", str(cell.cycles), f"{cell.calibration_size:,}"]
+
+
+def _measured(results: Results) -> str:
+    rows = results.rows
+    images = min(row.images for row in rows)
+    dense = Spread.of({row.dense for row in rows})
+    error = 100 * math.sqrt(dense.mean * (1 - dense.mean) / images)
+    splits = " and ".join(sorted({repr(row.split) for row in rows}))
+    return (
+        f"Top-1 accuracy in %, mean ± sample standard deviation over seeds, on {images:,} images of {splits}; dense "
+        f"{dense.percent()}. Whatever the seeds say, one accuracy has a standard error of at least {error:.2g} points "
+        "from its test images.\nIn the second table, bold is what the merge rule delivers (before or after BatchNorm "
+        "recalibration)\nand what is finetuned.\n"
+    )
+
+
+def _failures(results: Results) -> list[str]:
+    return [f"Failed: {key}: {reason}\n" for key, reason in results.failed.items()]
+
+
+def _table(header: list[str], lines: Iterable[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where two settings part, one text each: "learning_rate: 0.005 then, 0.01 now"."""
+    keys = sorted(saved.keys() | now.keys())
+    return [f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in keys if saved.get(key) != now.get(key)]
