@@ -14,7 +14,7 @@ help:
 	@echo "make format         mend style"
 	@echo "make test-slow      tests that take minutes"
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
-	@echo "make benchmark      accuracy without training on real data (DATA=$(DATA)); resumable"
+	@echo "make benchmark      every method on real data, torch-pruning's too (DATA=$(DATA)); hours, resumable"
 
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,7 +47,8 @@ test-realdata: $(VENV)/.test
 	$(BIN)/python -m pytest -m realdata
 
 benchmark: $(VENV)/.base
-	$(BIN)/python benchmarks/no_training.py --data $(DATA)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[benchmarks]"
+	$(BIN)/python benchmarks/compare.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

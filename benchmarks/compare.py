@@ -1,0 +1,207 @@
+"""Every method of ours and of torch-pruning on real networks: same weights, images, budgets, recalibration and finetuning.
+
+    python benchmarks/compare.py --data FOLDER                     everything, which takes many hours
+    python benchmarks/compare.py --data FOLDER --list              the runs, and which are done
+    python benchmarks/compare.py --data FOLDER --only '2.1x .*seed=0$'     the chosen ones
+    python benchmarks/compare.py --render                          docs/ablation.md from the kept results
+
+FOLDER holds cifar10/, imagenet_sample/, imagenette/ (parquet) and weights/*.safetensors. Runs that are done are not
+repeated, so a killed job goes on where it was; several processes may work on different runs at a time. Calibration
+images are training images, or, where the dataset has one split only, disjoint from those tested.
+torch-pruning's methods need `pip install "hf_camphive[benchmarks]"`.
+"""
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+from datasets import ClassLabel, load_dataset
+
+from hf_camphive import CampHiVeConfig, load_base, load_loaders
+from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
+from hf_camphive.criteria import CRITERIA
+from hf_camphive.errors import CampHiVeError
+from hf_camphive.merging import MERGE_RULES
+from hf_camphive.results import Cell, Results, Summary, by_ratio
+
+DOCS = Path(__file__).parent.parent / "docs"
+DEFAULT = CampHiVeConfig()
+PEERS = [f"tp-{name}{scope}" for scope in ("", "-all") for name in ("magnitude", "group-norm", "lamp", "taylor")]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the data folder, with the images and budgets that it is compared at."""
+
+    architecture: str
+    weights: str
+    dataset: str
+    calibration_size: int
+    ratios: tuple[float, ...]
+    ablated_at: float | None = None
+
+
+NETWORKS = {
+    "cifar_resnet56": Network("cifar_resnet56", "cifar10_resnet56", "cifar10", 1024, (1.5, 2.1, 2.6, 4.2), 2.1),
+    "mobilenetv2_100": Network("mobilenetv2_100", "imagenet_mobilenetv2_100", "imagenet_sample", 512, (1.2, 1.5)),
+    "resnet18_10_classes": Network("resnet18", "imagenette_resnet18", "imagenette", 512, (1.2, 1.5)),
+}
+
+
+def reach(network: Network) -> tuple[Cell, ...]:
+    """Our default, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
+    images = {"calibration_sizes": [network.calibration_size]}
+    ours = grid([DEFAULT.criterion], [DEFAULT.merge, "none"], network.ratios, **images)
+    return (*ours, *grid(PEERS, ["none", DEFAULT.merge], network.ratios, **images))
+
+
+def ablation(network: Network) -> tuple[Cell, ...]:
+    """Criterion x merge rule, and cycles x calibration images of the default, at one ratio."""
+    if network.ablated_at is None:
+        return ()
+    ratio, size = [network.ablated_at], network.calibration_size
+    rules = grid(CRITERIA, MERGE_RULES, ratio, calibration_sizes=[size])
+    default = [DEFAULT.criterion], [DEFAULT.merge]
+    return (*rules, *grid(*default, ratio, cycles=[1, 2, 4], calibration_sizes=[size // 4, size, 4 * size]))
+
+
+JOBS: dict[str, Callable[[Network], tuple[Cell, ...]]] = {"reach": reach, "ablation": ablation}
+
+
+def main() -> None:
+    """Run what is asked for and not done yet, then render the page."""
+    options = _parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_camphive.comparison").setLevel(logging.INFO)
+    results = options.output or DOCS / "results" / "compare"
+    for name in options.network if options.data else ():
+        cells = [cell for job in options.job for cell in JOBS[job](NETWORKS[name])]
+        cells = [cell for cell in dict.fromkeys(cells) if re.search(options.only, str(cell))]
+        if cells:
+            comparison = open_comparison(name, options, results, _methods(cells))
+            if options.list:
+                done = comparison.results.done()
+                print("\n".join(f"{'done' if cell in done else 'to do'}  {name} {cell}" for cell in cells))
+            else:
+                print(comparison.run(cells).to_markdown(), flush=True)
+    if not options.list and options.output is None:
+        (DOCS / "ablation.md").write_text(page(results), encoding="utf-8")
+
+
+def open_comparison(
+    name: str, options: argparse.Namespace, results: Path, methods: Mapping[str, Method]
+) -> Comparison:
+    """The comparison of a network, with what is kept of it; finetuned runs stand apart from those without training."""
+    network = NETWORKS[name]
+    base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
+    folder = options.data / network.dataset
+    dataset = ten_classes(folder) if network.dataset == "imagenette" else str(folder)
+    return Comparison(
+        base,
+        CampHiVeConfig(num_train_epochs=options.epochs),
+        lambda config: load_loaders(dataset, base.net, config, max_eval_samples=options.max_eval_samples),
+        results / (f"{name}_{options.epochs:g}_epochs" if options.epochs else name),
+        data={"dataset": network.dataset, "max_eval_samples": options.max_eval_samples},
+        methods=methods,
+    )
+
+
+def ten_classes(folder: Path) -> str:
+    """Imagenette with labels 0 to 9 in place of their ImageNet indices, which is how its ResNet-18 was trained."""
+    splits = load_dataset(str(folder))
+    indices = sorted(set(splits["train"]["label"]))
+    labels = ClassLabel(names=[str(index) for index in indices])
+    target = Path(mkdtemp(prefix="imagenette10-"))
+    for split, rows in splits.items():
+        numbers = [indices.index(i) for i in rows["label"]]
+        rows = rows.remove_columns("label").add_column("label", numbers).cast_column("label", labels)
+        rows.to_parquet(str(target / f"{split}-00000-of-00001.parquet"))
+    return str(target)
+
+
+def page(results: Path) -> str:
+    """docs/ablation.md: for each network the comparison at its ratios, then what makes the difference."""
+    parts = [
+        "# The comparison in full\n",
+        "Written by `python benchmarks/compare.py --render` from the results kept in `docs/results/compare/`. "
+        "`tp-...` are importances of torch-pruning 1.6.1, global, on the groups that our default scope prunes; "
+        "`tp-...-all` prune every group but the classifier, as torch-pruning does unasked. With merge `none` they have "
+        "BatchNorm recalibrated, with `reconstruct` our reconstruction is given to their plan. Top-1 in %, mean ± "
+        "sample standard deviation over seeds (other calibration images each).\n",
+    ]
+    for folder in sorted(path.parent for path in results.glob(f"*/{RESULTS}")):
+        kept = Results.from_json((folder / RESULTS).read_text(encoding="utf-8"), str(folder / RESULTS))
+        if kept.rows:
+            parts += section(folder, kept)
+    return "\n".join(parts)
+
+
+def section(folder: Path, kept: Results) -> Iterable[str]:
+    """One network of the page."""
+    network = NETWORKS.get(folder.name)
+    where = folder.relative_to(DOCS) if folder.is_relative_to(DOCS) else folder
+    summaries = kept.summaries()
+    yield f"## {folder.name}\n"
+    yield f"![accuracy over MACs]({where}/{PLOT})\n"
+    compared = {replace(cell, seed=0) for cell in reach(network)} if network else set()
+    table = [summary for summary in summaries if not network or replace(summary.cell, seed=0) in compared]
+    if table:
+        yield by_ratio(table) + "\n"
+    if network and network.ablated_at:
+        at = [summary for summary in summaries if summary.cell.ratio == network.ablated_at]
+        usual = [s for s in at if (s.cell.cycles, s.cell.calibration_size) == (1, network.calibration_size)]
+        usual = [summary for summary in usual if summary.cell.method in CRITERIA]
+        yield f"Criterion x merge rule at {network.ablated_at:g}x, {network.calibration_size:,} images, one cycle:\n"
+        yield matrix(usual, "method", "merge")
+        default = [s for s in at if (s.cell.method, s.cell.merge) == (DEFAULT.criterion, DEFAULT.merge)]
+        yield f"Cycles x calibration images of `{DEFAULT.criterion}` with `{DEFAULT.merge}` at the same ratio:\n"
+        yield matrix(default, "cycles", "calibration_size")
+    yield f"[Every stage, seconds and parameters]({where}/{TABLE})\n"
+
+
+def matrix(summaries: Iterable[Summary], down: str, across: str) -> str:
+    """A Markdown table of top-1 at the end of each run over two fields of the cells."""
+    found = {(getattr(s.cell, down), getattr(s.cell, across)): s.of(lambda row: row.final) for s in summaries}
+    columns = sorted({column for _, column in found})
+    lines = [[f"{down} \\ {across}".replace("_", " "), *map(str, columns)], ["---"] * (len(columns) + 1)]
+    for line in sorted({line for line, _ in found}):
+        cells = [found[line, column].percent() if (line, column) in found else "" for column in columns]
+        lines.append([f"`{line}`", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _methods(cells: Iterable[Cell]) -> dict[str, Method]:
+    """torch-pruning's methods, where a cell asks for one: it need not be installed for ours."""
+    if not any(cell.method in PEERS for cell in cells):
+        return {}
+    try:
+        import torch_pruning_peer
+    except ImportError as error:
+        raise SystemExit(f'{error}; pip install "hf_camphive[benchmarks]", or --only the others') from error
+    return torch_pruning_peer.methods()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder of the datasets and weights")
+    source.add_argument("--render", action="store_true", help="only write docs/ablation.md")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these networks")
+    parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS), help="only these jobs")
+    parser.add_argument("--only", default="", help="regular expression that a run's name must match; see --list")
+    parser.add_argument("--list", action="store_true", help="list the runs instead of running them")
+    parser.add_argument("--epochs", type=float, default=0.0, help="epochs of finetuning (default: none)")
+    parser.add_argument("--max-eval-samples", type=int, help="test images for a quick trial; needs --output")
+    parser.add_argument("--output", type=Path, help="folder of the results, if not docs/results/compare")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CampHiVeError as error:
+        raise SystemExit(f"error: {error}") from error
