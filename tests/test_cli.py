@@ -240,7 +240,7 @@ def test_commands_that_do_not_exist(capsys, arguments):
 def test_help_of_the_program(capsys):
     assert cli.main(["--help"]) == cli.main([]) == 0
     told = capsys.readouterr().out
-    assert all(command in told for command in ("prune", "inspect", "evaluate", "expand"))
+    assert all(command in told for command in ("prune", "inspect", "evaluate", "expand", "compare"))
 
 
 def help_of(capsys, command: str) -> str:
@@ -261,6 +261,10 @@ def help_of(capsys, command: str) -> str:
         ("inspect", "--model --checkpoint"),
         ("evaluate", "--model --dataset --max-eval-samples"),
         ("expand", "--model --factor --groups --from --spread --seed --output-dir --overwrite"),
+        (
+            "compare",
+            "--model --dataset --methods --merge --ratios --seeds --cycles --calibration-size --epochs --output-dir",
+        ),
     ],
 )
 def test_help_of_a_command(capsys, command, flags):
@@ -488,6 +492,27 @@ def test_bottlenecks_are_widened_from_a_report(saved):
     assert changed == {f"layer2.1.{n}" for n in ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight")}
     assert expand(saved, "--groups", "layer3.1.conv1", "--output-dir", "again") == 0
     assert load_base("again").plans == load_base(str(saved)).plans != ()
+# Comparisons
+
+
+def compare(*arguments: str) -> int:
+    quick = "--calibration-size 64 --max-eval-samples 100 --dataloader-num-workers 0 --merge none --ratios 2".split()
+    return cli.main(["compare", *quick, "--methods", "magnitude", *arguments])
+
+
+def test_a_comparison_prints_what_it_keeps_and_is_gone_on_with(capsys, monkeypatch):
+    assert compare("--seeds", "1") == 0
+    folder = Path("outputs/digits_resnet-comparison")
+    told = capsys.readouterr().out
+    assert (folder / "results.md").read_text() in told and f"are in {folder}" in told
+    assert "| `magnitude` | `none` | 1 | 64 | **" in told
+    first = json.loads((folder / "results.json").read_text())
+    assert first["settings"]["dataset"] == "digits" and first["settings"]["num_train_epochs"] == 0
+    assert compare("--seeds", "2") == 0
+    second = json.loads((folder / "results.json").read_text())
+    assert [row["cell"]["seed"] for row in second["rows"]] == [0, 1] and second["rows"][0] == first["rows"][0]
+    assert compare("--learning-rate", "0.1") == 2
+    assert "learning_rate: 0.005 then, 0.1 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -502,3 +527,19 @@ def test_bottlenecks_are_widened_from_a_report(saved):
 def test_mistakes_in_widening_leave_nothing(capsys, arguments, message):
     assert expand("digits_resnet", *arguments) == 2
     assert message in capsys.readouterr().err and not list(Path.cwd().iterdir())
+        (["--methods", "magnitud"], "no method 'magnitud'; did you mean 'magnitude'?"),
+        (["--merge", "nothing"], "no merge rule 'nothing'"),
+        (["--ratios", "2,three"], "--ratios is '2,three'; give numbers separated by commas"),
+        (["--cycles", "1.5"], "--cycles is '1.5'; give whole numbers separated by commas"),
+        (["--ratios", "0.5"], "ratio 0.5 must be above 1"),
+        (["--ratios", ""], "nothing to compare"),
+        (["--seeds", "0"], "nothing to compare"),
+        (["--calibration-size", "5000"], "lower it"),
+        (["--streaming", "--epochs", "1"], "add --max-train-samples, or --epochs 0"),
+    ],
+    ids=" ".join,
+)
+def test_comparisons_that_cannot_work(capsys, arguments, message):
+    assert compare(*arguments) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(Path.cwd().iterdir())

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_camphive.results import Results
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -32,6 +34,10 @@ def test_the_demo_table_is_that_of_the_kept_report():
 def test_the_results_are_those_of_the_kept_benchmark():
     rows = json.loads((ROOT / "docs/results/no_training.json").read_text(encoding="utf-8")).values()
     kept = {f"{100 * row['top1']:.2f}" for row in rows} | {f"{100 * row['dense_top1']:.2f}" for row in rows}
+    for path in (ROOT / "docs/results/compare").glob("*/results.json"):
+        results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
+        kept |= {summary.of(lambda row: row.final).percent().split()[0] for summary in results.summaries()}
+        kept |= {f"{100 * share:.2f}" for row in results.rows for share in (row.dense, row.final)}
     finetuned = json.loads((ROOT / "docs/results/cifar_resnet56_finetuned.json").read_text(encoding="utf-8"))
     kept |= {f"{100 * stage['accuracy']['top1']:.2f}" for stage in finetuned["stages"]}
     table = README.split("## Results")[1].split("## Limits")[0]
@@ -42,3 +48,12 @@ def test_the_results_are_those_of_the_kept_benchmark():
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()
+
+
+def test_the_page_of_the_comparison_is_that_of_the_kept_results(monkeypatch):
+    if not (ROOT / "docs/ablation.md").exists():
+        pytest.skip("no comparison is kept yet; python benchmarks/compare.py writes docs/ablation.md")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import compare
+
+    assert (ROOT / "docs/ablation.md").read_text(encoding="utf-8") == compare.page(ROOT / "docs/results/compare")
