@@ -537,7 +537,6 @@ def test_mistakes_in_widening_leave_nothing(capsys, arguments, message):
         (["--calibration-size", "5000"], "lower it"),
         (["--streaming", "--epochs", "1"], "add --max-train-samples, or --epochs 0"),
     ],
-    ids=" ".join,
 )
 def test_comparisons_that_cannot_work(capsys, arguments, message):
     assert compare(*arguments) == 2
