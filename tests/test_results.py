@@ -63,7 +63,9 @@ def test_json_gives_everything_back():
     assert again == RESULTS and again.summaries() == RESULTS.summaries()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2, "rows": [], "settings": {}}', '{"schema": 1, "rows": [{"cell": 1}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 2, "rows": [], "settings": {}}', '{"schema": 1, "rows": [{"cell": 1}]}']
+)
 def test_damaged_json_is_refused_by_name(text):
     with pytest.raises(OutputError, match=r"results.json is not a comparison's results"):
         Results.from_json(text, "results.json")
