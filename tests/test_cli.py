@@ -492,6 +492,22 @@ def test_bottlenecks_are_widened_from_a_report(saved):
     assert changed == {f"layer2.1.{n}" for n in ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight")}
     assert expand(saved, "--groups", "layer3.1.conv1", "--output-dir", "again") == 0
     assert load_base("again").plans == load_base(str(saved)).plans != ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--groups", "layer1.0.conv1", "--from", "first"], "leave one of them out"),
+        (["--from", "nowhere"], "there is no nowhere/report.json; give --from the folder"),
+        (["--groups", "layer1.0.conv"], "did you mean 'layer1.0.conv1'"),
+        (["--factor", "0.5"], "factor is 0.5; widening needs one above 1"),
+    ],
+)
+def test_mistakes_in_widening_leave_nothing(capsys, arguments, message):
+    assert expand("digits_resnet", *arguments) == 2
+    assert message in capsys.readouterr().err and not list(Path.cwd().iterdir())
+
+
 # Comparisons
 
 
@@ -518,15 +534,6 @@ def test_a_comparison_prints_what_it_keeps_and_is_gone_on_with(capsys, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--groups", "layer1.0.conv1", "--from", "first"], "leave one of them out"),
-        (["--from", "nowhere"], "there is no nowhere/report.json; give --from the folder"),
-        (["--groups", "layer1.0.conv"], "did you mean 'layer1.0.conv1'"),
-        (["--factor", "0.5"], "factor is 0.5; widening needs one above 1"),
-    ],
-)
-def test_mistakes_in_widening_leave_nothing(capsys, arguments, message):
-    assert expand("digits_resnet", *arguments) == 2
-    assert message in capsys.readouterr().err and not list(Path.cwd().iterdir())
         (["--methods", "magnitud"], "no method 'magnitud'; did you mean 'magnitude'?"),
         (["--merge", "nothing"], "no merge rule 'nothing'"),
         (["--ratios", "2,three"], "--ratios is '2,three'; give numbers separated by commas"),
