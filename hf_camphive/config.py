@@ -8,7 +8,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from .errors import ConfigError
 
@@ -28,8 +29,20 @@ class CampHiVeConfig:
     """
 
     # What to remove
-    target_macs: float = _option(
-        0.5, "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs)."
+    target_macs: float | None = _option(
+        None,
+        "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs); 0.5 where no "
+        "budget is given. Of several budgets all are met.",
+    )
+    target_params: float | None = _option(
+        None, "Budget: a fraction of the network's parameters if at most 1, else their number."
+    )
+    target_latency: float | None = _option(
+        None, "Budget: a fraction of the network's latency on this device if below 1, else milliseconds a batch."
+    )
+    latency_batch_size: int = _option(1, "Images a batch that target_latency is meant for.")
+    latency_folded: bool = _option(
+        False, "Let target_latency mean the network with BatchNorm folded into its convolutions, as deployed."
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: Literal[
@@ -47,11 +60,16 @@ class CampHiVeConfig:
     scope: Literal["interior", "all"] = _option(
         "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
     )
-    round_to: int = _option(1, "Keep widths that are multiples of this (8 suits most hardware).")
+    round_to: int | None = _option(
+        None, "Keep widths that are multiples of this; 8 where target_latency is set, else 1."
+    )
     implant_ratio: float = _option(
         0.0, "Share of the removed channels that keep 1x1 kernels in place of larger ones (HAP's neural implants)."
     )
     min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
+    max_ratio: float = _option(1.0, "Most that may go of each group's channels, as a share.")
+    layer_max_ratio: str = _option("", "The same for layers by name pattern: 'layer1.*=0.3,conv1=0'.")
+    keep: str = _option("", "Layers that stay as they are, by name pattern: 'layer4.*,conv1'.")
     granularity: Literal["channel", "weight"] = _option(
         "channel", "Cut channels, or zero single weights as CAMP-HiVe does, which saves neither MACs nor time."
     )
@@ -95,17 +113,15 @@ class CampHiVeConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(
-            self.target_macs > 0,
-            f"target_macs is {self.target_macs}; give a fraction such as 0.5, or a number of MACs per image",
-        )
-        _require(
-            self.target_macs <= 1 or self.target_macs >= 1000,
-            f"target_macs is {self.target_macs}: above 1 it counts MACs per image; for a {self.target_macs}x "
-            f"reduction write {1 / self.target_macs:.3g}",
-        )
+        for name, (least, example, unit) in _BUDGETS.items():
+            if (value := getattr(self, name)) is not None:
+                _check_budget(name, value, least, example, unit)
+        _require(0 <= self.max_ratio <= 1, f"max_ratio is {self.max_ratio}; it is a share between 0 and 1")
+        for pattern, ratio in self.layer_ratios.items():
+            _require(0 <= ratio <= 1, f"layer_max_ratio is {ratio} for {pattern!r}; it is a share between 0 and 1")
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in _NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("warmup_ratio", "label_smoothing", "distillation", "implant_ratio"):
@@ -130,6 +146,35 @@ class CampHiVeConfig:
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRESETS)}"
         _require(name in PRESETS, f"there is no preset {name!r}; {hint}")
         return cls(**PRESETS[name] | changes)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """What is to be met, by cost ("macs", "params", "latency"): as given, or half the MACs where nothing is."""
+        given = {"macs": self.target_macs, "params": self.target_params, "latency": self.target_latency}
+        return {cost: target for cost, target in given.items() if target is not None} or {"macs": 0.5}
+
+    @property
+    def width_step(self) -> int:
+        """Widths are multiples of this: `round_to`, or what suits the budget."""
+        return self.round_to or (1 if self.target_latency is None else 8)
+
+    @property
+    def kept_layers(self) -> tuple[str, ...]:
+        """The patterns in `keep`."""
+        return tuple(pattern.strip() for pattern in self.keep.split(",") if pattern.strip())
+
+    @property
+    def layer_ratios(self) -> dict[str, float]:
+        """`layer_max_ratio` by pattern; raises `ConfigError` on an item that is not PATTERN=SHARE."""
+        ratios = {}
+        for item in self.layer_max_ratio.split(",") if self.layer_max_ratio else ():
+            pattern, _, share = (part.strip() for part in item.rpartition("="))
+            try:
+                ratios[pattern] = float(share)
+            except ValueError:
+                pattern = ""
+            _require(pattern != "", f"layer_max_ratio has {item!r}; write PATTERN=SHARE, such as 'layer1.*=0.3'")
+        return ratios
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -200,6 +245,7 @@ _CUTTING = ("target_macs", "cycles", "threshold", "scope", "round_to", "min_chan
 _AT_LEAST_ONE = (
     "cycles",
     "round_to",
+    "latency_batch_size",
     "min_channels",
     "calibration_size",
     "num_eigenpairs",
@@ -224,6 +270,21 @@ _NOT_NEGATIVE = (
     "implant_ratio",
     "head_epochs",
 )
+
+
+_BUDGETS = {  # option: least number that is no fraction, example, unit
+    "target_macs": (1000, "0.5", "MACs per image"),
+    "target_params": (1000, "0.5", "parameters"),
+    "target_latency": (0, "0.5", "milliseconds a batch"),
+}
+
+
+def _check_budget(name: str, value: float, least: float, example: str, unit: str) -> None:
+    _require(value > 0, f"{name} is {value}; give a fraction such as {example}, or a number of {unit}")
+    _require(
+        value <= 1 or value >= least,
+        f"{name} is {value}: above 1 it counts {unit}; for a {value}x reduction write {1 / value:.3g}",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -258,12 +319,19 @@ def _check_granularity(config: CampHiVeConfig) -> None:
 def _check_types(config: CampHiVeConfig) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
-        if choices := getattr(f.type, "__args__", None):
+        kinds = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+        if value is None and NoneType in kinds:
+            continue
+        if choices := get_args(f.type) if get_origin(f.type) is Literal else ():
             close = get_close_matches(str(value), choices, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
             _require(value in choices, f"{f.name} is {value!r}; {hint}")
-        elif f.type is int:
+        elif str in kinds:
+            _require(isinstance(value, str), f"{f.name} is {value!r}; it must be text")
+        elif bool in kinds:
+            _require(isinstance(value, bool), f"{f.name} is {value!r}; it must be true or false")
+        elif int in kinds:
             _require(type(value) is int, f"{f.name} is {value!r}; it must be a whole number")
-        elif f.type is float:
+        elif float in kinds:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
             _require(number, f"{f.name} is {value!r}; it must be a finite number")

@@ -5,7 +5,7 @@ Pure data, standard library only. Equal plans are ==, and a plan equals its JSON
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -84,10 +84,28 @@ class ChannelCut:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a cost was before, was to come to at most, and came to by the plan: MACs per image, parameters or ms a batch."""
+
+    cost: Literal["macs", "params", "latency"]
+    before: float
+    target: float
+    after: float
+
+
+def format_cost(cost: str, value: float) -> str:
+    """("macs", 1200) -> "1,200 MACs per image"; ("latency", 3.14159) -> "3.14 ms a batch"."""
+    if cost == "latency":
+        return f"{value:.3g} ms a batch"
+    return f"{value:,.0f} {'MACs per image' if cost == 'macs' else 'parameters'}"
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """One cycle's decision: cuts and dropped branches for a network with these groups.
 
-    `macs_before` and `macs_after` count multiply-accumulates per image (1 MAC = 2 FLOPs).
+    `macs_before` and `macs_after` count multiply-accumulates per image (1 MAC = 2 FLOPs). `budgets` are what the cycle was
+    to meet; latency in them is predicted.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -98,6 +116,7 @@ class PrunePlan:
     merge: str
     macs_before: int
     macs_after: int
+    budgets: tuple[Budget, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {group.name: group for group in self.groups}
@@ -150,6 +169,7 @@ class PrunePlan:
             "merge": self.merge,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
+            **({"budgets": [asdict(budget) for budget in self.budgets]} if self.budgets else {}),
             "dropped": list(self.dropped),
             "cuts": [
                 {"group": cut.group, "keep": encode_runs(cut.keep), "pairs": [list(pair) for pair in cut.pairs]}
@@ -203,6 +223,7 @@ class PrunePlan:
                     for cut in values["cuts"]
                 ),
                 dropped=tuple(values["dropped"]),
+                budgets=tuple(Budget(**budget) for budget in values.get("budgets", ())),
                 **{key: values[key] for key in ("criterion", "merge", "macs_before", "macs_after")},
             )
         except PlanError:
@@ -237,6 +258,12 @@ class PrunePlan:
         lines.append(
             f"MACs per image: {self.macs_before:,} -> {self.macs_after:,} ({share:.1%}, {1 / share:.2f}x fewer)"
         )
+        for budget in self.budgets:
+            before, target, after = (
+                format_cost(budget.cost, value) for value in (budget.before, budget.target, budget.after)
+            )
+            predicted = "predicted " if budget.cost == "latency" else ""
+            lines.append(f"budget: at most {target}; {predicted}{after}, from {before}")
         return "\n".join(lines)
 
     def diff(self, other: "PrunePlan") -> str:

@@ -1,28 +1,62 @@
-"""From scores and a budget to a plan: which channels go, by score per multiply-accumulate saved.
+"""From scores and budgets to a plan: which channels go, by score per cost saved.
 
-Pure: reads scores and shapes, touches no weight.
+Pure: reads scores, shapes and costs, touches no weight. A cost (MACs, parameters, milliseconds) is a sum over parts of the
+network, each of which depends on the few widths around it.
 """
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf, isfinite, prod
 
 from torch import Tensor
 
 from .config import CampHiVeConfig
 from .errors import PlanError
-from .plan import Branch, ChannelCut, ChannelGroup, PrunePlan
+from .limits import floors
+from .plan import Branch, Budget, ChannelCut, ChannelGroup, PrunePlan, format_cost
 
-logger = logging.getLogger(__name__)
+Costs = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of channels: `fixed` + sum over `groups` of (channels kept) * (positions per channel)."""
+
+    fixed: int
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def at(self, kept: Mapping[str, int]) -> int:
+        """This width where `kept` channels of each group are left."""
+        return self.fixed + sum(kept[group] * repeat for group, repeat in self.groups)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight or an operation, and what it costs at given widths.
+
+    It is gone once the residual branch that holds it is dropped; with `replaces`, it is there only then.
+    """
+
+    widths: tuple[Width, ...]
+    cost: Callable[..., float]
+    branch: str | None = None
+    replaces: bool = False
+
+    def at(self, kept: Mapping[str, int], dropped: Iterable[str]) -> float:
+        """The cost where `kept` channels of each group are left and the branches `dropped` are gone."""
+        if self.branch is not None and (self.branch in dropped) != self.replaces:
+            return 0
+        return self.cost(*(width.at(kept) for width in self.widths))
 
 
 @dataclass(frozen=True)
 class Budgeted:
-    """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its weights' MACs.
+    """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its costs.
 
-    MACs per image = sum over weights of positions[weight] * product of shapes[weight].
+    MACs per image = sum over weights of positions[weight] * product of shapes[weight]; `parameters` names what counts as
+    a parameter, `operations` are the parts of its latency. `dense_sizes` are the groups' widths before the first cycle,
+    where they differ from today's.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -30,35 +64,93 @@ class Budgeted:
     exterior: frozenset[str]
     positions: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str] = frozenset()
+    operations: tuple[Part, ...] = ()
+    dense_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
         return sum(count * prod(self.shapes[name]) for name, count in self.positions.items())
 
+    def costs(self) -> dict[str, float]:
+        """What the network costs now, of all that is known: "macs", "params", "latency"."""
+        kept = {group.name: group.size for group in self.groups}
+        found = {cost: sum(part.at(kept, ()) for part in self.parts(cost)) for cost in ("macs", "params", "latency")}
+        return {cost: value for cost, value in found.items() if value}
 
-def make_plan(network: Budgeted, scores: Mapping[str, Tensor], target_macs: int, config: CampHiVeConfig) -> PrunePlan:
-    """Remove the channels with the least score per MAC saved until at most `target_macs` (per image) are left.
+    def parts(self, cost: str) -> tuple[Part, ...]:
+        """The parts that a cost is the sum of."""
+        if cost == "latency":
+            return self.operations
+        if cost == "macs":
+            return tuple(self._weights(self.positions))
+        return tuple(self._weights(dict.fromkeys(self.parameters, 1))) + tuple(self._constants())
 
-    score / MACs is the loss that a removal is expected to cost for what it saves; what it saves is worked out again
-    after each removal, as the layers around it shrink. `config.threshold` may ask for one threshold on the scores alone,
-    or on their percentile in each group, instead. Inside a residual branch a group may be emptied: the branch then
-    goes whole. `scores[group]` is [C], larger is more important.
+    def _weights(self, counts: Mapping[str, int]) -> Iterator[Part]:
+        widths = axis_widths(self.groups, self.shapes)
+        branch = {tensor: branch.module for branch in self.branches for tensor in branch.tensors}
+        for name, count in counts.items():
+            axes = tuple(widths.get((name, axis), Width(size)) for axis, size in enumerate(self.shapes[name]))
+            yield Part(axes, lambda *sizes, count=count: count * prod(sizes), branch.get(name))
 
-    Raises `PlanError` where the floors do not let the budget be met, with the smallest that can be.
+    def _constants(self) -> Iterator[Part]:
+        """The constant [C] that a dropped branch leaves on the residual stream is a parameter too."""
+        widths = axis_widths(self.groups, self.shapes)
+        for branch in self.branches:
+            inner = set(branch.groups)
+            streams = [
+                widths[tensor, 0]
+                for tensor in branch.tensors
+                if (tensor, 0) in widths and inner.isdisjoint(group for group, _ in widths[tensor, 0].groups)
+            ]
+            yield Part(tuple(streams[:1]), lambda *sizes: sum(sizes), branch.module, replaces=True)
+
+
+def axis_widths(groups: Iterable[ChannelGroup], shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Width]:
+    """The width of every tensor axis that carries channels, by (tensor, axis)."""
+    carried: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    fixed = {}
+    for group in groups:
+        for slot in group.slots:
+            axis, repeat = (slot.tensor, slot.axis), len(slot.index) // group.size
+            if slot.tensor in shapes:
+                carried[axis][group.name] = carried[axis].get(group.name, 0) + repeat
+                fixed[axis] = fixed.get(axis, shapes[slot.tensor][slot.axis]) - len(slot.index)
+    return {axis: Width(fixed[axis], tuple(found.items())) for axis, found in carried.items()}
+
+
+def make_plan(
+    network: Budgeted, scores: Mapping[str, Tensor], targets: Costs | float, config: CampHiVeConfig
+) -> PrunePlan:
+    """Remove the channels with the least score per cost saved until every budget is met.
+
+    `targets` are the most that "macs" (per image), "params" and "latency" (ms a batch) may come to; a number alone counts
+    MACs. The step that is taken next has the least
+
+        score / sum over unmet budgets of min(saved, excess) / (what the budget asks to be saved in all)
+
+    and savings are worked out again after each removal, as the layers around it shrink. `config.threshold` may ask for one
+    threshold on the scores alone, or on their percentile in each group, instead. Inside a residual branch a group may be
+    emptied: the branch then goes whole. Measured time is a staircase in the widths, and some of a branch's goes
+    only with the whole branch: with a latency budget, steps are compared with longer ones and with dropping the branch.
+    `scores[group]` is [C], larger is more important.
+
+    Raises `PlanError` where the floors do not let the budgets be met, with the smallest that can be.
     """
-    removal = _Removal(network, scores, config)
-    if removal.macs <= target_macs:
+    targets = dict(targets) if isinstance(targets, Mapping) else {"macs": targets}
+    removal = _Removal(network, scores, targets, config)
+    before = dict(removal.totals)
+    if removal.is_done():
         raise PlanError(
-            f"the network already has {removal.macs:,} MACs per image, the budget is {target_macs:,}; lower target_macs"
-        )
-    while removal.macs > target_macs:
-        if not removal.remove_next():
-            raise PlanError(
-                f"a budget of {target_macs:,} MACs per image ({target_macs / network.macs:.1%}) cannot be met: with "
-                f"scope={config.scope!r}, min_channels={config.min_channels} and round_to={config.round_to} the smallest that "
-                f"can be reached is {removal.macs:,} ({removal.macs / network.macs:.1%}); raise target_macs"
-                + (", or set scope to all" if config.scope == "interior" else "")
+            "; ".join(
+                f"the network already has {format_cost(cost, before[cost])}, the budget is {_number(cost, target)}; "
+                f"lower target_{cost}"
+                for cost, target in targets.items()
             )
+        )
+    while not removal.is_done():
+        if not removal.remove_next():
+            raise PlanError(_out_of_reach(network, targets, before, removal.totals, config))
     return PrunePlan(
         groups=network.groups,
         branches=network.branches,
@@ -67,31 +159,78 @@ def make_plan(network: Budgeted, scores: Mapping[str, Tensor], target_macs: int,
         criterion=config.criterion,
         merge=config.merge,
         macs_before=network.macs,
-        macs_after=removal.macs,
+        macs_after=int(removal.totals["macs"]),
+        budgets=tuple(Budget(cost, before[cost], target, removal.totals[cost]) for cost, target in targets.items()),
     )
 
 
-def smallest_macs(network: Budgeted, config: CampHiVeConfig) -> int:
-    """MACs per image that are left when every group is cut down to its floor."""
-    removal = _Removal(network, {}, config)
+def smallest(network: Budgeted, costs: Iterable[str], config: CampHiVeConfig) -> dict[str, float]:
+    """What is left of each cost when every group is cut down to its floor."""
+    removal = _Removal(network, {}, dict.fromkeys(costs, 0), config)
     while removal.remove_next():
         pass
-    return removal.macs
+    return {cost: removal.totals[cost] for cost in removal.targets}
+
+
+def _out_of_reach(network: Budgeted, targets: Costs, before: Costs, least: Costs, config: CampHiVeConfig) -> str:
+    unmet = {cost: target for cost, target in targets.items() if least[cost] > target}
+    return "; ".join(
+        f"a budget of {format_cost(cost, target)} ({target / before[cost]:.1%}) cannot be met: with "
+        f"scope={config.scope!r}, min_channels={config.min_channels} and round_to={config.width_step} the smallest that "
+        f"can be reached is {_number(cost, least[cost])} ({least[cost] / before[cost]:.1%}); raise target_{cost}"
+        f"{how_to_reach_lower(config)}"
+        for cost, target in unmet.items()
+    )
+
+
+def how_to_reach_lower(config: CampHiVeConfig) -> str:
+    """What else would let a lower budget be met: the end of an error's message."""
+    ways = ["set scope to all"] * (config.scope == "interior")
+    ways += ["keep fewer layers"] * bool(config.keep)
+    ways += ["raise the ratio limits"] * bool(config.max_ratio < 1 or config.layer_ratios)
+    return "".join(f", or {way}" for way in ways)
+
+
+def _number(cost: str, value: float) -> str:
+    return format_cost(cost, value).split()[0] if cost != "latency" else format_cost(cost, value)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A removal as {group: channels}: the scores that go with it, and what it saves of each cost."""
+
+    counts: Mapping[str, int]
+    lost: float
+    saved: Costs
 
 
 class _Removal:
-    """The state of one greedy descent: how many channels each group still has, and what the next step would cost."""
+    """The state of one greedy descent: how many channels each group still has, and what the next steps would cost."""
 
-    def __init__(self, network: Budgeted, scores: Mapping[str, Tensor], config: CampHiVeConfig) -> None:
-        self.network, self.round_to, self.threshold = network, config.round_to, config.threshold
-        self.groups = {
-            group.name: group
-            for group in network.groups
-            if not group.frozen and (config.scope == "all" or group.name not in network.exterior)
-        }
+    def __init__(
+        self, network: Budgeted, scores: Mapping[str, Tensor], targets: Costs, config: CampHiVeConfig
+    ) -> None:
+        self.targets, self.round_to, self.threshold = targets, config.width_step, config.threshold
+        self.looks_ahead = "latency" in targets
+        self.floor = floors(network.groups, network.branches, network.exterior, network.dense_sizes, config)
+        self.groups = {group.name: group for group in network.groups if group.name in self.floor}
         if not self.groups:
-            raise PlanError(_nothing_to_prune(network.groups))
-        self.kept = {name: group.size for name, group in self.groups.items()}
+            raise PlanError(_nothing_to_prune(network.groups, config))
+        self.kept = {group.name: group.size for group in network.groups}
+        self._rank(scores)
+        gated = [branch for branch in network.branches if any(self.floor.get(gate) == 0 for gate in branch.gates)]
+        self.branch_of_gate = {gate: branch for branch in gated for gate in branch.gates if gate in self.floor}
+        self.dropped: list[str] = []
+        self.parts = [(cost, part) for cost in {"macs": 0, **targets} for part in network.parts(cost)]
+        self.values = [part.at(self.kept, ()) for _, part in self.parts]
+        self.totals: dict[str, float] = dict.fromkeys(("macs", *targets), 0)
+        for (cost, _), value in zip(self.parts, self.values):
+            self.totals[cost] += value
+        self.asked = {cost: self.totals[cost] - target for cost, target in targets.items()}
+        self._index_parts()
+        self.steps = {name: list(self._steps(name)) for name in self.groups}
+
+    def _rank(self, scores: Mapping[str, Tensor]) -> None:
         self.ranking: dict[str, list[int]] = {}
         self.score: dict[str, list[float]] = {}
         for name, group in self.groups.items():
@@ -105,101 +244,120 @@ class _Removal:
             self.score[name] = [values[c] for c in self.ranking[name]]
             if self.threshold == "percentile":
                 self.score[name] = [(rank + 1) / group.size for rank in range(group.size)]
-        self.branch_of_gate = {gate: branch for branch in network.branches for gate in branch.gates}
-        self.floor = {
-            name: 0 if name in self.branch_of_gate else min(config.min_channels, self.kept[name])
-            for name in self.groups
-        }
-        self.dropped: list[str] = []
-        self.sizes = {name: list(network.shapes[name]) for name in network.positions}
-        self.reads = {name: _axes(group, network.positions) for name, group in self.groups.items()}
-        readers = defaultdict(set)
-        for name, axes in self.reads.items():
-            for tensor in axes:
-                readers[tensor].add(name)
-        self.neighbours = {
-            name: set().union({name}, *(readers[tensor] for tensor in axes)) for name, axes in self.reads.items()
-        }
-        self.macs = network.macs
-        self.steps = {name: self._step(name) for name in self.groups}
+
+    def _index_parts(self) -> None:
+        """Which parts depend on each group and lie in each branch, and whose steps' savings depend on each part."""
+        self.parts_of: dict[str, set[int]] = defaultdict(set)
+        self.parts_in: dict[str, set[int]] = defaultdict(set)
+        for i, (_, part) in enumerate(self.parts):
+            for width in part.widths:
+                for group, _ in width.groups:
+                    self.parts_of[group].add(i)
+            if part.branch is not None:
+                self.parts_in[part.branch].add(i)
+        self.affected: dict[int, set[str]] = defaultdict(set)
+        for name in self.groups:
+            read = set(self.parts_of[name])
+            if branch := self.branch_of_gate.get(name):
+                read |= self.parts_in[branch.module].union(*(self.parts_of[group] for group in branch.groups))
+            for i in read:
+                self.affected[i].add(name)
+
+    def is_done(self) -> bool:
+        return all(self.totals[cost] <= target for cost, target in self.targets.items())
 
     def remove_next(self) -> bool:
         """Take the cheapest step; False when no group can lose anything more."""
-        name = min(self.steps, key=lambda name: self.steps[name][0])
-        ratio, step = self.steps[name]
-        if ratio == inf:
+        best, chosen = inf, None
+        for steps in self.steps.values():
+            for step in steps:
+                if (price := self._price(step)) < best:
+                    best, chosen = price, step
+        if chosen is None:
             return False
-        self.macs -= self._saved(step)
-        touched: set[str] = set()
-        for group, count in step.items():
+        changed, module = self._changed(chosen.counts)
+        for group, count in chosen.counts.items():
             self.kept[group] -= count
-            touched |= self.neighbours[group]
-            for tensor, axes in self.reads[group].items():
-                for axis, repeat in axes.items():
-                    self.sizes[tensor][axis] -= count * repeat
-            if self.kept[group] == 0 and group in self.branch_of_gate:
-                module = self.branch_of_gate[group].module
-                if module not in self.dropped:
-                    self.dropped.append(module)
-        for group in touched:
-            self.steps[group] = self._step(group)
+        if module:
+            self.dropped.append(module)
+        for i in changed:
+            cost, part = self.parts[i]
+            value = part.at(self.kept, self.dropped)
+            self.totals[cost] += value - self.values[i]
+            self.values[i] = value
+        for group in sorted(set().union(*(self.affected[i] for i in changed))):
+            self.steps[group] = list(self._steps(group))
         return True
 
-    def _step(self, name: str) -> tuple[float, dict[str, int]]:
-        """The group's next removal as {group: channels}, and its price (inf where there is none).
+    def _price(self, step: _Step) -> float:
+        """Score lost per share of the budgets that the step brings; inf where it brings none of them nearer.
 
-        That is the score per MAC saved, or with a global threshold or a percentile the highest that must be passed.
+        With a global threshold or a percentile it is the highest score that the step passes instead.
         """
-        kept = self.kept[name]
-        left = (kept - 1) // self.round_to * self.round_to
-        if left < self.floor[name] or kept == 0:
-            return inf, {}
-        step = {name: kept - left}
-        if left == 0:
-            step = {group: self.kept[group] for group in self.branch_of_gate[name].groups if group in self.kept}
-        saved = self._saved(step)
-        if saved == 0:
-            return inf, {}
-        scores = [score for group, count in step.items() for score in self._next_scores(group, count)]
-        return (sum(scores) / saved if self.threshold == "adaptive" else max(scores)), step
+        gained = 0.0
+        for cost, asked in self.asked.items():
+            excess = self.totals[cost] - self.targets[cost]
+            if excess > 0:
+                gained += min(step.saved[cost], excess) / max(asked, excess)
+        if gained == 0:
+            return inf
+        return step.lost / gained if self.threshold == "adaptive" else step.lost
+
+    def _steps(self, name: str) -> Iterator[_Step]:
+        """The group's next removals: down to a multiple of `round_to`, or with its branch to nothing."""
+        kept, branch = self.kept[name], self.branch_of_gate.get(name)
+        least, jump = max(self.floor[name], 1), self.round_to
+        left = (kept - 1) // jump * jump
+        lefts = []
+        while left >= least and (self.looks_ahead or not lefts):
+            lefts.append(left)
+            left, jump = left - jump, 2 * jump
+        for left in lefts:
+            yield self._step({name: kept - left})
+        if branch and kept and (self.looks_ahead or not lefts):
+            yield self._step({group: self.kept[group] for group in branch.groups if group in self.groups})
+
+    def _step(self, counts: Mapping[str, int]) -> _Step:
+        scores = [score for group, count in counts.items() for score in self._next_scores(group, count)]
+        return _Step(counts, sum(scores) if self.threshold == "adaptive" else max(scores), self._saved(counts))
 
     def _next_scores(self, name: str, count: int) -> list[float]:
         gone = self.groups[name].size - self.kept[name]
         return self.score[name][gone : gone + count]
 
-    def _saved(self, step: Mapping[str, int]) -> int:
-        """MACs per image that a removal saves at the present widths."""
-        change: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        for group, count in step.items():
-            for tensor, axes in self.reads[group].items():
-                for axis, repeat in axes.items():
-                    change[tensor][axis] += count * repeat
-        saved = 0
-        for tensor, axes in change.items():
-            size = self.sizes[tensor]
-            after = [length - axes.get(axis, 0) for axis, length in enumerate(size)]
-            saved += self.network.positions[tensor] * (prod(size) - prod(after))
+    def _changed(self, counts: Mapping[str, int]) -> tuple[set[int], str | None]:
+        """The parts that a removal touches, and the branch that goes with it."""
+        changed = set().union(*(self.parts_of[group] for group in counts))
+        for group, count in counts.items():
+            if count == self.kept[group] and group in self.branch_of_gate:
+                module = self.branch_of_gate[group].module
+                return changed | self.parts_in[module], module
+        return changed, None
+
+    def _saved(self, counts: Mapping[str, int]) -> Costs:
+        """What a removal saves of each cost at the present widths."""
+        changed, module = self._changed(counts)
+        kept = self.kept
+        self.kept = kept | {group: kept[group] - count for group, count in counts.items()}
+        dropped = [*self.dropped, module]
+        saved = dict.fromkeys(self.totals, 0)
+        for i in changed:
+            cost, part = self.parts[i]
+            saved[cost] += self.values[i] - part.at(self.kept, dropped)
+        self.kept = kept
         return saved
 
-    def cuts(self) -> Iterable[ChannelCut]:
+    def cuts(self) -> Iterator[ChannelCut]:
         for name, group in self.groups.items():
             if self.kept[name] < group.size:
                 gone = group.size - self.kept[name]
                 yield ChannelCut(name, tuple(sorted(self.ranking[name][gone:])))
 
 
-def _axes(group: ChannelGroup, counted: Iterable[str]) -> dict[str, dict[int, int]]:
-    """Weights that carry the group: {tensor: {axis: positions per channel}}."""
-    axes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for slot in group.slots:
-        if slot.tensor in counted:
-            axes[slot.tensor][slot.axis] += len(slot.index) // group.size
-    return axes
-
-
-def _nothing_to_prune(groups: Iterable[ChannelGroup]) -> str:
-    reasons = "; ".join(f"{group.name}: {group.frozen}" for group in groups)
-    return f"no channel group of this network can be pruned ({reasons or 'it has none'}); choose another model"
+def _nothing_to_prune(groups: Iterable[ChannelGroup], config: CampHiVeConfig) -> str:
+    reasons = "; ".join(f"{group.name}: {group.frozen or 'kept or out of scope'}" for group in groups)
+    advice = "keep fewer layers" if config.keep else "choose another model"
+    return f"no channel group of this network can be pruned ({reasons or 'it has none'}); {advice}"
 
 
 def cyclic_pairs(scores: Tensor, keep: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from typing import Literal, get_origin
 
 import pytest
 
@@ -10,7 +11,11 @@ from hf_camphive.errors import CampHiVeError, ConfigError
 
 WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type is int]
 REAL = [f.name for f in fields(CampHiVeConfig) if f.type is float]
-CHOICES = [f.name for f in fields(CampHiVeConfig) if getattr(f.type, "__args__", None)]
+OPTIONAL_WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type == int | None]
+OPTIONAL_REAL = [f.name for f in fields(CampHiVeConfig) if f.type == float | None]
+CHOICES = [f.name for f in fields(CampHiVeConfig) if get_origin(f.type) is Literal]
+TEXT = [f.name for f in fields(CampHiVeConfig) if f.type is str]
+SWITCHES = [f.name for f in fields(CampHiVeConfig) if f.type is bool]
 OTHER = CampHiVeConfig(
     **{"target_macs": 123456.0, "cycles": 3, "criterion": "hive", "merge": "cyclic", "scope": "all", "round_to": 8},
     **{"seed": 7, "calibration_size": 99, "curvature": "hessian", "optimizer": "adamw", "mixed_precision": "bf16"},
@@ -19,8 +24,32 @@ OTHER = CampHiVeConfig(
 
 
 def test_every_field_is_checked_by_its_type():
-    assert sorted(WHOLE + REAL + CHOICES) == sorted(f.name for f in fields(CampHiVeConfig))
+    kinds = WHOLE + REAL + OPTIONAL_WHOLE + OPTIONAL_REAL + CHOICES + TEXT + SWITCHES
+    assert sorted(kinds) == sorted(f.name for f in fields(CampHiVeConfig))
     assert all(f.metadata["help"] for f in fields(CampHiVeConfig))
+
+
+@pytest.mark.parametrize("name", OPTIONAL_WHOLE)
+@pytest.mark.parametrize("value", [True, 1.5, "3"], ids=repr)
+def test_optional_whole_numbers(name, value):
+    assert getattr(CampHiVeConfig(**{name: None}), name) is None
+    with pytest.raises(ConfigError, match=f"^{name} is {value!r}; it must be a whole number"):
+        CampHiVeConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", OPTIONAL_REAL)
+@pytest.mark.parametrize("value", [True, "0.5", float("nan"), float("inf")], ids=repr)
+def test_optional_real_numbers(name, value):
+    assert getattr(CampHiVeConfig(**{name: None}), name) is None
+    with pytest.raises(ConfigError, match="it must be a finite number"):
+        CampHiVeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("names", "value", "kind"), [(TEXT, ["a"], "text"), (SWITCHES, 1, "true or false")])
+def test_texts_and_switches(names, value, kind):
+    for name in names:
+        with pytest.raises(ConfigError, match=f"^{name} is .*; it must be {kind}"):
+            CampHiVeConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -60,6 +89,17 @@ def test_choices(name):
         ({"target_macs": -0.5}, "target_macs is -0.5; give a fraction"),
         ({"target_macs": 2.0}, "target_macs is 2.0: .* for a 2.0x reduction write 0.5"),
         ({"target_macs": 3}, "for a 3x reduction write 0.333"),
+        (
+            {"target_params": 7.0},
+            "target_params is 7.0: above 1 it counts parameters; for a 7.0x reduction write 0.143",
+        ),
+        ({"target_latency": 0.0}, "target_latency is 0.0; give a fraction such as 0.5, or a number of milliseconds"),
+        ({"latency_batch_size": 0}, "latency_batch_size is 0; it must be at least 1"),
+        ({"max_ratio": 1.2}, "max_ratio is 1.2; it is a share between 0 and 1"),
+        ({"layer_max_ratio": "conv1=1.2"}, "layer_max_ratio is 1.2 for 'conv1'; it is a share between 0 and 1"),
+        ({"layer_max_ratio": "conv1=0.5,fc"}, "layer_max_ratio has 'fc'; write PATTERN=SHARE, such as"),
+        ({"layer_max_ratio": "=0.5"}, "layer_max_ratio has '=0.5'; write PATTERN=SHARE"),
+        ({"layer_max_ratio": "conv1=half"}, "layer_max_ratio has 'conv1=half'; write PATTERN=SHARE"),
         ({"cycles": 0}, "cycles is 0; it must be at least 1"),
         ({"round_to": 0}, "round_to is 0; it must be at least 1"),
         ({"min_channels": -3}, "min_channels is -3; it must be at least 1"),
@@ -157,6 +197,24 @@ def test_a_preset_that_is_none():
         CampHiVeConfig.from_preset("zzz")
 
 
+def test_budgets_are_those_given_or_half_the_macs():
+    assert CampHiVeConfig().budgets == {"macs": 0.5}
+    assert CampHiVeConfig(target_latency=3.5).budgets == {"latency": 3.5}
+    several = CampHiVeConfig(target_latency=0.5, target_macs=0.4, target_params=1e6)
+    assert several.budgets == {"macs": 0.4, "params": 1e6, "latency": 0.5}
+
+
+def test_widths_are_in_eights_where_time_counts():
+    assert [CampHiVeConfig(**options).width_step for options in ({}, {"target_latency": 0.5})] == [1, 8]
+    assert CampHiVeConfig(target_latency=0.5, round_to=4).width_step == 4
+
+
+def test_patterns_are_listed_with_commas():
+    config = CampHiVeConfig(keep="layer4.*, conv1", layer_max_ratio="layer1.*=0.3, fc=0")
+    assert config.kept_layers == ("layer4.*", "conv1") and config.layer_ratios == {"layer1.*": 0.3, "fc": 0.0}
+    assert CampHiVeConfig().kept_layers == () and CampHiVeConfig().layer_ratios == {}
+
+
 def test_refusals_are_of_the_common_kinds():
     assert issubclass(ConfigError, CampHiVeError) and issubclass(ConfigError, ValueError)
 
@@ -186,7 +244,7 @@ def test_missing_keys_have_their_defaults():
     ("values", "message"),
     [
         ({"taget_macs": 0.5}, "unknown key 'taget_macs' in the config; did you mean 'target_macs'"),
-        ({"zzz": 1}, "unknown key 'zzz' in the config; known keys: target_macs, cycles, "),
+        ({"zzz": 1}, "unknown key 'zzz' in the config; known keys: target_macs, target_params, "),
         ({"schema": SCHEMA + 1}, "schema 2 is not 1; install the version of hf_camphive that wrote it"),
         ({"schema": None}, "schema None is not 1"),
         ({"cycles": "two"}, "cycles is 'two'"),

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_camphive"
 FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
-    1: ["graph", "planning", "calibration"],
+    1: ["graph", "limits", "planning", "calibration"],
     2: [
         *(
             "tracing",

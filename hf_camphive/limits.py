@@ -1,0 +1,85 @@
+"""What a plan may take from each channel group: scope, floors, layers kept by name, most share removed.
+
+Pure: reads groups and settings, and turns name patterns into numbers of channels.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import ceil
+
+from .config import CampHiVeConfig
+from .errors import ConfigError
+from .plan import Branch, ChannelGroup
+
+
+def floors(
+    groups: Iterable[ChannelGroup],
+    branches: Iterable[Branch],
+    exterior: frozenset[str],
+    sizes: Mapping[str, int],
+    config: CampHiVeConfig,
+) -> dict[str, int]:
+    """Fewest channels that each group may be left with; groups that must stay whole are absent.
+
+    Frozen groups, those out of scope and those of a layer that `config.keep` names stay whole. 0 stands for a gate of a
+    residual branch that may go whole. `sizes` are the widths that ratios refer to (before the first cycle).
+
+    Raises `ConfigError` on a pattern that no layer matches.
+    """
+    groups = tuple(groups)
+    layers = sorted({_layer(slot.tensor) for group in groups for slot in group.slots})
+    kept = _kept_layers(layers, config.kept_layers)
+    most = _most_ratio(layers, config)
+    free = {
+        group.name: group
+        for group in groups
+        if not group.frozen
+        and (config.scope == "all" or group.name not in exterior)
+        and not any(_layer(slot.tensor) in kept for slot in group.slots)
+    }
+    least = {name: _least(group, sizes.get(name, group.size), most) for name, group in free.items()}
+    gates: set[str] = set()
+    stuck = {group.name for group in groups if not group.frozen and least.get(group.name, 1) > 0}
+    for branch in branches:
+        if stuck.isdisjoint(branch.groups) and kept.isdisjoint(map(_layer, branch.tensors)):
+            gates |= set(branch.gates)
+    return {
+        name: 0 if name in gates else min(group.size, max(least[name], config.min_channels))
+        for name, group in free.items()
+    }
+
+
+def _least(group: ChannelGroup, size: int, most: Mapping[str, float]) -> int:
+    """Channels that the ratio limits of the layers that write this group leave."""
+    ratio = min(most[_layer(slot.tensor)] for slot in group.slots if slot.role != "consumer")
+    return min(group.size, ceil(round((1 - ratio) * size, 6)))
+
+
+def _kept_layers(layers: list[str], patterns: Iterable[str]) -> frozenset[str]:
+    return frozenset(layer for pattern in patterns for layer in _matching(layers, pattern, "keep"))
+
+
+def _most_ratio(layers: list[str], config: CampHiVeConfig) -> dict[str, float]:
+    """Share of its channels that each layer may lose: the least of the patterns that match it, else `max_ratio`."""
+    special: dict[str, float] = {}
+    for pattern, ratio in config.layer_ratios.items():
+        for layer in _matching(layers, pattern, "layer_max_ratio"):
+            special[layer] = min(ratio, special.get(layer, 1.0))
+    return {layer: special.get(layer, config.max_ratio) for layer in layers}
+
+
+def _matching(layers: list[str], pattern: str, option: str) -> list[str]:
+    found = [layer for layer in layers if fnmatchcase(layer, pattern)]
+    if not found:
+        close = get_close_matches(pattern, layers, n=1, cutoff=0) or layers[:1]
+        raise ConfigError(
+            f"{option}: no layer of this network matches {pattern!r}; its layers have names such as "
+            f"{', '.join(map(repr, close))} (`camphive inspect` lists them)"
+        )
+    return found
+
+
+def _layer(tensor: str) -> str:
+    """Name of the module that holds a tensor."""
+    return tensor.rpartition(".")[0]
