@@ -132,6 +132,18 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
     return tuple(found)
 
 
+def operations_inside(graph: Graph, branches: Iterable[Branch]) -> dict[str, str]:
+    """{operation: module} of all operations that go when the branch of that module is dropped, by name."""
+    ancestors = _ancestors(graph)
+    nodes = {node.name: node for node in graph.operations}
+    found = {}
+    for branch in branches:
+        add, output = nodes[branch.add], nodes[branch.output]
+        rest = set().union(*(ancestors[used] for used in add.all_input_nodes if used is not output))
+        found |= {node.name: branch.module for node in ancestors[output] - rest}
+    return found
+
+
 def _ancestors(graph: Graph) -> dict[fx.Node, set[fx.Node]]:
     """Every operation (and the image) that a value is computed from, itself included."""
     ancestors: dict[fx.Node, set[fx.Node]] = {graph.image: {graph.image}}

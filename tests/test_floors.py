@@ -10,21 +10,10 @@ FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
     1: ["graph", "limits", "planning", "calibration"],
     2: [
-        *(
-            "tracing",
-            "branches",
-            "implants",
-            "surgery",
-            "expansion",
-            "spectrum",
-            "traces",
-            "gates",
-            "curvature",
-            "evidence",
-            "second_order",
-        ),
-        *("weight_pruning", "criteria", "reconstruction", "merging"),
-        *("report", "results", "plots", "card", "metrics"),
+        *("tracing", "branches", "implants", "surgery", "expansion"),
+        *("spectrum", "traces", "gates", "curvature", "evidence", "second_order", "weight_pruning", "criteria"),
+        *("reconstruction", "merging"),
+        *("folding", "report", "latency", "results", "plots", "card", "metrics"),
     ],
     3: ["data", "models", "training", "hub"],
     4: ["resume", "pruner", "comparison"],
@@ -34,7 +23,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
 WITHIN = {module: i for modules in FLOORS.values() for i, module in enumerate(modules)}
 PRINTS = {"cli"}
-WRITES = {"config", "hub", "resume", "cli", "comparison", "training"}  # training: the checkpoints of a run
+WRITES = {"config", "hub", "resume", "cli", "comparison", "training", "latency"}  # checkpoints, and caches of timings
 DRAWS = {"plots"}  # figures into a folder that it is given
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 
