@@ -12,7 +12,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .expansion import Expansion
-from .report import NOT_MEASURED, GroupRatio, PruneReport, Stage, format_bytes, format_count, format_ms, format_share
+from .report import (
+    NOT_MEASURED,
+    GroupRatio,
+    PruneReport,
+    Stage,
+    budget_text,
+    format_bytes,
+    format_count,
+    format_ms,
+    format_share,
+)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # stands for the repo until the folder is pushed
@@ -47,7 +57,7 @@ _MERGES = {
     "none": "removed channels were dropped without merging",
 }
 _THRESHOLDS = {
-    "adaptive": ", per MAC",
+    "adaptive": ", per {unit} saved",
     "global": "",
     "percentile": ", within their own group: every group lost the same share",
 }
@@ -211,13 +221,18 @@ def _table(report: PruneReport) -> str:
     def latency(batch: int) -> Callable[[Stage], float | None]:
         return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)
 
+    def folded(batch: int) -> Callable[[Stage], float | None]:
+        return lambda stage: getattr(stage.footprint.folded_ms.get(batch), "median", None)
+
     batches = sorted({*BATCH_SIZES, *report.batch_sizes()})
+    folded_batches = sorted({batch for stage in stages for batch in stage.footprint.folded_ms})
     rows: list[tuple[str, Callable[[Stage], Any], Callable[[Any], str], Callable[[Any, Any], str]]] = [
         ("Top-1 accuracy", accuracy("top1"), format_share, _points),
         ("Top-5 accuracy", accuracy("top5"), format_share, _points),
         ("MACs per image", lambda stage: stage.footprint.macs, format_count, _times),
         ("Parameters", lambda stage: stage.footprint.parameters, format_count, _times),
         *((f"Latency, batch {batch}", latency(batch), format_ms, _times) for batch in batches),
+        *((f"Latency, batch {batch}, BatchNorm folded", folded(batch), format_ms, _times) for batch in folded_batches),
         ("Weights file", lambda stage: stage.footprint.file_bytes, format_bytes, _times),
     ]
     lines = [["", *(stage.name for stage in stages), "change"], ["---", *["---:"] * (len(stages) + 1)]]
@@ -266,11 +281,16 @@ def _method(report: PruneReport) -> str:
             f"loss's curvature, after {PAPER}; of the lowest, which are zero now, {_WEIGHT_MERGES[merge]} "
             f"(`granularity=weight`, `criterion={criterion}`, `merge={merge}`)."
         )
-    threshold = _THRESHOLDS[report.config.get("threshold", "adaptive")]
+    threshold = _THRESHOLDS[report.config.get("threshold", "adaptive")].format(unit=_per(report))
     return (
         f"Channels were ranked by {_CRITERIA[criterion]}{threshold}; {_MERGES[merge]} "
         f"(`criterion={criterion}`, `merge={merge}`)."
     )
+
+
+def _per(report: PruneReport) -> str:
+    units = {"macs": "MAC", "params": "parameter", "latency": "predicted millisecond"}
+    return " and ".join(units[budget.cost] for budget in report.budgets) or "MAC"
 
 
 def _steps(report: PruneReport) -> str:
@@ -290,8 +310,8 @@ def _steps(report: PruneReport) -> str:
     else:
         settings = _settings(report, "num_train_epochs learning_rate optimizer distillation label_smoothing")
         items.append(f"Finetuned ({settings}); the last epoch is reported, not the best.")
-    amount = "sparsity" if _zeroes_weights(report) else "target_macs cycles round_to"
-    settings = _settings(report, f"{amount} calibration_size seed")
+    items += map(budget_text, report.budgets)
+    settings = _settings(report, f"{'sparsity' if _zeroes_weights(report) else 'cycles'} calibration_size seed")
     items.append(f"Settings: {settings}; all of them in `camphive_config.json`.")
     items.append("Every cut stands in `prune_plan.json`, every figure in `report.json`.")
     revision = f"`{report.revision}`" if report.revision else "not recorded"

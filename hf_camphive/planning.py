@@ -72,6 +72,10 @@ class Budgeted:
     def macs(self) -> int:
         return sum(count * prod(self.shapes[name]) for name, count in self.positions.items())
 
+    def floors(self, config: CampHiVeConfig) -> dict[str, int]:
+        """Fewest channels of each group that may change (`limits.floors`)."""
+        return floors(self.groups, self.branches, self.exterior, self.dense_sizes, config)
+
     def costs(self) -> dict[str, float]:
         """What the network costs now, of all that is known: "macs", "params", "latency"."""
         kept = {group.name: group.size for group in self.groups}
@@ -212,7 +216,7 @@ class _Removal:
     ) -> None:
         self.targets, self.round_to, self.threshold = targets, config.width_step, config.threshold
         self.looks_ahead = "latency" in targets
-        self.floor = floors(network.groups, network.branches, network.exterior, network.dense_sizes, config)
+        self.floor = network.floors(config)
         self.groups = {group.name: group for group in network.groups if group.name in self.floor}
         if not self.groups:
             raise PlanError(_nothing_to_prune(network.groups, config))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from . import hub
@@ -27,12 +27,14 @@ from .criteria import CRITERIA
 from .data import Loaders
 from .errors import ConfigError, ModelError, PlanError
 from .evidence import Evidence, Memory, Scores
+from .folding import fold_batchnorm
 from .graph import named_tensors
 from .implants import with_implants
+from .latency import LatencyTable, latency_parts
 from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, load_base, replace_head
-from .plan import PrunePlan
-from .planning import Budgeted, make_plan, smallest_macs
+from .plan import Budget, PrunePlan, format_cost
+from .planning import Budgeted, Part, how_to_reach_lower, make_plan, smallest
 from .plots import draw_plots
 from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
 from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
@@ -74,6 +76,7 @@ class CampHiVePruner:
         self._head_replaced = False
         self._traced: tuple[nn.Module, Trace] | None = None
         self._exterior: frozenset[str] | None = None
+        self._table: LatencyTable | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -88,12 +91,12 @@ class CampHiVePruner:
         """Channel groups of the network as it is now, and the MACs per image that the next cycle should leave."""
         trace = self._trace()
         network = self._budgeted(trace, named_tensors(self.net))
-        return trace, self._target(network) if self.config.granularity == "channel" else network.macs
+        return trace, int(self._targets(network).get("macs", network.macs))
 
     @property
     def finished(self) -> bool:
         """Whether all cycles are done, or earlier ones left nothing to do: a branch that goes whole may save more."""
-        return len(self.plans) >= self.config.cycles or self._budget_met()
+        return len(self.plans) >= self.config.cycles or self._budgets_met()
 
     # The two halves of a cycle
 
@@ -115,7 +118,7 @@ class CampHiVePruner:
         if self.config.granularity == "weight":
             kind = (self.config.criterion, self.config.merge)
             return PrunePlan(network.groups, network.branches, (), (), *kind, network.macs, network.macs)
-        target = self._target(network)
+        targets = self._targets(network)
         if not self.plans:
             self._exterior = network.exterior
         with self._timed("score"), torch.no_grad():
@@ -125,7 +128,7 @@ class CampHiVePruner:
                 else CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
             )
         with self._timed("plan"):
-            return with_pairs(self._planned(network, target, trace), self.scores)
+            return with_pairs(self._planned(network, targets, trace), self.scores)
 
     def apply(
         self, plan: PrunePlan, calibration: Batches | Calibration | None = None, recalibrate: bool = True
@@ -311,41 +314,89 @@ class CampHiVePruner:
 
     def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
+        network = Budgeted(
+            trace.groups,
+            droppable_branches(trace),
+            exterior_groups(trace),
+            trace.positions,
+            shapes,
+            frozenset(name for name, _ in self.net.named_parameters()),
+            dense_sizes=self._dense_sizes(trace),
+        )
+        return replace(network, operations=self._operations(network, trace)) if self.config.target_latency else network
 
-    def _budget(self, dense: int) -> float:
-        """MACs per image asked for, of a network that has `dense`."""
-        return self.config.target_macs * dense if self.config.target_macs <= 1 else self.config.target_macs
+    def _dense_sizes(self, trace: Trace) -> dict[str, int]:
+        """Width before the first cycle of each group."""
+        groups = self.plans[0].groups if self.plans else trace.groups
+        at = {(slot.tensor, slot.axis): group.size for group in groups for slot in group.slots}
+        slots = {group.name: group.slots[0] for group in trace.groups}
+        return {name: at[slot.tensor, slot.axis] for name, slot in slots.items() if (slot.tensor, slot.axis) in at}
 
-    def _budget_met(self) -> bool:
+    def _operations(self, network: Budgeted, trace: Trace) -> tuple[Part, ...]:
+        """What takes the network's time; measured by the main process, so that all plan by the same table."""
+        table = self._table = self._table or LatencyTable(self.accelerator.device)
+        arguments = (self.net, trace, network.branches, network.floors(self.config), table)
+        options = {
+            "batch": self.config.latency_batch_size,
+            "folded": self.config.latency_folded,
+            "step": self.config.width_step,
+        }
+        with self._timed("time layers"):
+            if self.accelerator.num_processes > 1:
+                if self.accelerator.is_main_process:
+                    latency_parts(*arguments, **options, progress=self._progress)
+                table.ms = broadcast_object_list([table.ms])[0]
+            return latency_parts(*arguments, **options, progress=self._progress)
+
+    def _asked(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """What each budget comes to, for a network with these costs before the first cycle."""
+        return {
+            cost: target * dense[cost] if target < 1 or (target == 1 and cost != "latency") else target
+            for cost, target in self.config.budgets.items()
+        }
+
+    def _budgets_met(self) -> bool:
         """Whether earlier cycles left nothing to do: a branch that goes whole may save more than was asked for."""
-        return bool(self.plans) and self.plans[-1].macs_after <= self._budget(self.plans[0].macs_before)
+        return bool(self.plans) and all(budget.after <= budget.target for budget in self._budgets())
 
-    def _target(self, network: Budgeted) -> int:
-        """MACs per image after the next cycle: every cycle removes the same share of what is left."""
-        dense = self.plans[0].macs_before if self.plans else network.macs
-        asked = self._budget(dense)
-        least = smallest_macs(network, self.config)
-        if asked >= dense:
-            raise PlanError(
-                f"the budget of {asked:,.0f} MACs per image is no less than the network's {dense:,}; lower it"
-            )
-        if least > asked:
-            raise PlanError(
-                f"a budget of {asked:,.0f} MACs per image ({asked / dense:.1%}) is below the smallest that the floors "
-                f"allow, {least:,} ({least / dense:.1%}); raise target_macs"
-                + (", or set scope to all" if self.config.scope == "interior" else "")
-            )
+    def _budgets(self) -> tuple[Budget, ...]:
+        """Each budget from the network before the first cycle to the last plan's."""
+        if not self.plans or not self.plans[0].budgets:
+            return ()
+        dense = {budget.cost: budget.before for budget in self.plans[0].budgets}
+        after = {budget.cost: budget.after for budget in self.plans[-1].budgets}
+        return tuple(Budget(cost, dense[cost], target, after[cost]) for cost, target in self._asked(dense).items())
+
+    def _targets(self, network: Budgeted) -> dict[str, float]:
+        """The costs after the next cycle: every cycle removes the same share of what is left."""
+        now = network.costs()
+        dense = {budget.cost: budget.before for budget in self.plans[0].budgets} if self.plans else now
+        asked = self._asked(dense)
+        least = smallest(network, asked, self.config)
+        for cost, target in asked.items():
+            if target >= dense[cost]:
+                raise PlanError(
+                    f"the budget of {format_cost(cost, target)} is no less than the network's {dense[cost]:,.4g}; lower it"
+                )
+            if least[cost] > target:
+                raise PlanError(
+                    f"a budget of {format_cost(cost, target)} ({target / dense[cost]:.1%}) is below the smallest that the "
+                    f"floors allow, {format_cost(cost, least[cost])} ({least[cost] / dense[cost]:.1%}); raise target_{cost}"
+                    + how_to_reach_lower(self.config)
+                )
         to_go = max(1, self.config.cycles - len(self.plans))
-        return int(asked) if to_go == 1 else int(network.macs * (asked / network.macs) ** (1 / to_go))
+        return {
+            cost: target if to_go == 1 or now[cost] <= target else now[cost] * (target / now[cost]) ** (1 / to_go)
+            for cost, target in asked.items()
+        }
 
-    def _planned(self, network: Budgeted, target: int, trace: Trace) -> PrunePlan:
-        def plan_for(macs: int) -> PrunePlan:
-            return make_plan(network, self.scores, macs, self.config)
+    def _planned(self, network: Budgeted, targets: dict[str, float], trace: Trace) -> PrunePlan:
+        def plan_for(macs: float) -> PrunePlan:
+            return make_plan(network, self.scores, {**targets, "macs": macs}, self.config)
 
         if not self.config.implant_ratio:
-            return plan_for(target)
-        return with_implants(plan_for, target, self.config.implant_ratio, self.scores, trace, network.shapes)
+            return make_plan(network, self.scores, targets, self.config)
+        return with_implants(plan_for, int(targets["macs"]), self.config.implant_ratio, self.scores, trace, network.shapes)
 
     def _fit_head(self, loaders: Loaders) -> None:
         """Replace and train the classifier where the dataset has other classes than the network."""
@@ -410,8 +461,12 @@ class CampHiVePruner:
         times: dict[str, Any] = dict.fromkeys(nets)
         if latency:
             with self._timed("measure latency"):
-                times = measure_latency(nets, self.input_size)
-        costs = {name: footprint(net, self.input_size, times[name]) for name, net in nets.items()}
+                folded = {f"{name} folded": fold_batchnorm(net, self.input_size) for name, net in nets.items()}
+                times = measure_latency(nets | folded, self.input_size, self._batch_sizes())
+        costs = {
+            name: footprint(net, self.input_size, times[name], times.get(f"{name} folded"))
+            for name, net in nets.items()
+        }
         stages = {**dict.fromkeys(nets), **self.stages}
         info = loaders.info if loaders else None
         return PruneReport(
@@ -433,11 +488,16 @@ class CampHiVePruner:
             head_replaced=self._head_replaced,
             groups=self._group_rows(),
             dropped=tuple(module for plan in self.plans for module in plan.dropped),
+            budgets=self._budgets(),
             notes=tuple(self.notes),
             finetune=self._finetune,
             seconds={step: round(seconds, 3) for step, seconds in self.seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
         )
+
+    def _batch_sizes(self) -> list[int]:
+        """Batch sizes whose latency is measured."""
+        return sorted({1, 32} | ({self.config.latency_batch_size} if self.config.target_latency else set()))
 
     def _group_rows(self) -> tuple[GroupRow, ...]:
         """Width of every group before the first cycle and after the last.

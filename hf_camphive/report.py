@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ModelError
+from .plan import Budget, format_cost
 
 REPORT_FILE = "report.json"
 SCHEMA = 1
@@ -55,12 +56,16 @@ class Latency:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size."""
+    """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size.
+
+    `folded_ms` is the latency with BatchNorm folded into the convolutions, as the network would be deployed.
+    """
 
     parameters: int
     macs: int
     file_bytes: int
     latency_ms: dict[int, Latency]
+    folded_ms: dict[int, Latency] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ class GroupRatio:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """Everything a run has to say for itself; equal to its JSON. `input_size` is (channels, height, width)."""
+    """Everything a run has to say for itself; equal to its JSON. `input_size` is (channels, height, width).
+
+    `budgets` are what the plans were to meet; latency in them is predicted.
+    """
 
     model_id: str
     revision: str | None
@@ -114,6 +122,7 @@ class PruneReport:
     head_replaced: bool = False
     groups: tuple[GroupRow, ...] = ()
     dropped: tuple[str, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     notes: tuple[str, ...] = ()
     finetune: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -153,6 +162,7 @@ class PruneReport:
                     "stages": tuple(_stage_from(stage) for stage in values["stages"]),
                     "groups": tuple(GroupRow(**row) for row in values["groups"]),
                     "dropped": tuple(values["dropped"]),
+                    "budgets": tuple(Budget(**budget) for budget in values.get("budgets", ())),
                     "notes": tuple(values["notes"]),
                 }
             )
@@ -183,11 +193,21 @@ class PruneReport:
         """A title, then `stages_table`."""
         size = "x".join(str(n) for n in self.input_size)
         title = _wrap(f"{self.model_id} on {self.dataset_id}, images of {size}")
-        return "\n".join([*title, "", stages_table(self.stages, self.environment)])
+        lines = [*title, "", stages_table(self.stages, self.environment)]
+        return "\n".join(lines + [line for budget in self.budgets for line in _wrap(budget_text(budget))])
 
     def batch_sizes(self) -> list[int]:
         """Batch sizes whose latency was measured at any stage."""
         return _batch_sizes(self.stages)
+
+
+def budget_text(budget: Budget) -> str:
+    """A budget in a sentence: what was asked for and what the plan came to."""
+    said = "predicted" if budget.cost == "latency" else "planned"
+    return (
+        f"Budget: at most {format_cost(budget.cost, budget.target)} ({budget.target / budget.before:.1%} of the dense "
+        f"network's); {said}: {format_cost(budget.cost, budget.after)} ({budget.after / budget.before:.1%})."
+    )
 
 
 def stages_table(stages: Sequence[Stage], environment: Mapping[str, str]) -> str:
@@ -258,11 +278,21 @@ def measure_latency(
     return results
 
 
-def footprint(net: nn.Module, input_size: Sequence[int], latency: Mapping[int, Latency] | None = None) -> Footprint:
-    """Cost of a network for images of `input_size` [C, H, W]; `latency` is its row of `measure_latency`."""
+def footprint(
+    net: nn.Module,
+    input_size: Sequence[int],
+    latency: Mapping[int, Latency] | None = None,
+    folded: Mapping[int, Latency] | None = None,
+) -> Footprint:
+    """Cost of a network for images of `input_size` [C, H, W]; `latency` is its row of `measure_latency`.
+
+    `folded` is the row of the network with BatchNorm folded.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     file_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    return Footprint(count_parameters(net), count_macs(net, input_size), file_bytes, dict(latency or {}))
+    return Footprint(
+        count_parameters(net), count_macs(net, input_size), file_bytes, dict(latency or {}), dict(folded or {})
+    )
 
 
 def environment(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:
@@ -313,9 +343,16 @@ def _quantities(stages: Sequence[Stage]) -> list[tuple[str, Callable, Callable, 
     def latency(batch: int) -> Callable[[Stage], float | None]:
         return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)
 
+    def folded(batch: int) -> Callable[[Stage], float | None]:
+        return lambda stage: getattr(stage.footprint.folded_ms.get(batch), "median", None)
+
     batches = [
         (f"latency, batch {batch}", latency(batch), format_ms, _ratio("faster", "slower"))
         for batch in _batch_sizes(stages)
+    ]
+    batches += [
+        (f"the same, folded, batch {batch}", folded(batch), format_ms, _ratio("faster", "slower"))
+        for batch in sorted({batch for stage in stages for batch in stage.footprint.folded_ms})
     ]
     return [
         ("top-1", accuracy("top1"), format_share, _points),
@@ -343,6 +380,8 @@ def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> lis
         threads = f"{where[1]} threads" if len(where) == 2 else ""
         place = ", ".join(part for part in (where[0] if where else "", threads) if part)
         notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
+    if any(stage.footprint.folded_ms for stage in stages):
+        notes.append("Folded: with every BatchNorm folded into the convolution before it, as in deployment.")
     notes.append("1 MAC = 2 FLOPs; 1 MB = 10^6 bytes.")
     return [line for note in notes for line in _wrap(note)]
 
@@ -391,10 +430,11 @@ def _cpu_name() -> str:
 def _stage_from(values: Mapping[str, Any]) -> Stage:
     cost = values["footprint"]
     latency = {int(batch): Latency(**row) for batch, row in cost["latency_ms"].items()}
+    folded = {int(batch): Latency(**row) for batch, row in cost.get("folded_ms", {}).items()}
     accuracy = values["accuracy"]
     return Stage(
         values["name"],
-        Footprint(**cost | {"latency_ms": latency}),
+        Footprint(**cost | {"latency_ms": latency, "folded_ms": folded}),
         None if accuracy is None else Accuracy(**accuracy),
     )
 

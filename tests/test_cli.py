@@ -125,7 +125,7 @@ def test_presets_are_offered_by_name(capsys):
         (["--label-column-name", "kind"], "kind"),
         (
             ["--target-macs", "0.01"],
-            r"below the smallest that the floors allow, [\d,]+ \([\d.]+%\); raise target_macs",
+            r"below the smallest that the floors allow, [\d,]+ MACs per image \([\d.]+%\); raise target_macs",
         ),
         (["--target-macs", "2"], "2.0x reduction write 0.5"),
         (["--target-macs", "nan"], "target_macs is nan; it must be a finite number"),

@@ -260,7 +260,7 @@ def test_calibration_that_cannot_serve(batches, message):
     [
         (
             0.001,
-            r"below the smallest that the floors allow, [\d,]+ \(\d+\.\d%\); raise target_macs, or set scope to all",
+            r"below the smallest that the floors allow, [\d,]+ MACs per image \(\d+\.\d%\); raise target_macs, or set scope to all",
         ),
         (1.0, "no less than the network's 10,203,776; lower it"),
         (20_000_000, "no less than the network's"),
