@@ -137,6 +137,10 @@ class CampHiVeConfig:
             "needs at least 16 images; raise it, or use magnitude, bn-scale or random with none or cyclic",
         )
 
+        _require(
+            self.implant_ratio == 0 or "macs" in self.budgets,
+            f"implant_ratio is {self.implant_ratio}, and implants are fitted into a budget of MACs; set target_macs too",
+        )
         _check_granularity(self)
 
     @classmethod

@@ -59,7 +59,10 @@ def with_implants(
         plan = _implanted(plan, ratio, scores, groups)
         macs = macs_after(plan, trace.positions, shapes)
         if macs <= target_macs:
-            return replace(plan, macs_after=macs)
+            budgets = tuple(
+                replace(b, target=target_macs, after=macs) if b.cost == "macs" else b for b in plan.budgets
+            )
+            return replace(plan, macs_after=macs, budgets=budgets)
         target = min(target, plan.macs_after) - (macs - target_macs)
 
 

@@ -91,6 +91,8 @@ class CampHiVePruner:
         """Channel groups of the network as it is now, and the MACs per image that the next cycle should leave."""
         trace = self._trace()
         network = self._budgeted(trace, named_tensors(self.net))
+        if self.config.granularity == "weight":
+            return trace, network.macs
         return trace, int(self._targets(network).get("macs", network.macs))
 
     @property
@@ -396,7 +398,9 @@ class CampHiVePruner:
 
         if not self.config.implant_ratio:
             return make_plan(network, self.scores, targets, self.config)
-        return with_implants(plan_for, int(targets["macs"]), self.config.implant_ratio, self.scores, trace, network.shapes)
+        return with_implants(
+            plan_for, int(targets["macs"]), self.config.implant_ratio, self.scores, trace, network.shapes
+        )
 
     def _fit_head(self, loaders: Loaders) -> None:
         """Replace and train the classifier where the dataset has other classes than the network."""

@@ -13,7 +13,7 @@ FLOORS = {
         *("tracing", "branches", "implants", "surgery", "expansion"),
         *("spectrum", "traces", "gates", "curvature", "evidence", "second_order", "weight_pruning", "criteria"),
         *("reconstruction", "merging"),
-        *("folding", "report", "latency", "results", "plots", "card", "metrics"),
+        *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
     ],
     3: ["data", "models", "training", "hub"],
     4: ["resume", "pruner", "comparison"],

@@ -1,0 +1,178 @@
+"""The operations of a traced network that take time, with their sizes as functions of the channel groups' widths.
+
+Pure analysis: runs nothing and reads no weight.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .branches import operations_inside
+from .folding import foldable
+from .graph import operation
+from .plan import Branch
+from .planning import Width, axis_widths
+from .tracing import Trace
+
+_FREE = ("dropout", "feature_dropout", "detach", "alias", "to", "_to_copy", "contiguous", "lift_fresh_copy")
+Dim = int | Width
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a tensor argument, some sizes of which are widths."""
+
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a network: `args` hold a `Shape` for each tensor, and a `Width` where the number of groups is one."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    branch: str | None
+
+    @cached_property
+    def widths(self) -> tuple[Width, ...]:
+        """The different widths that its time depends on."""
+        return tuple(dict.fromkeys(_widths(self.args)))
+
+    def at(self, sizes: Sequence[int], dtype: torch.dtype) -> tuple[str, tuple[Any, ...]]:
+        """Its name in the table and its arguments, tensors as lists of sizes, where its widths have these sizes."""
+        args = _concrete(self.args, dict(zip(self.widths, sizes)))
+        name = self.target._schema.name.split("::")[1]
+        return f"{name} {str(dtype).removeprefix('torch.')} {json.dumps(args, default=str)}", args
+
+
+def _widths(value: Any) -> Iterator[Width]:
+    if isinstance(value, Width):
+        yield value
+    for item in value.dims if isinstance(value, Shape) else value if isinstance(value, tuple) else ():
+        yield from _widths(item)
+
+
+def _concrete(value: Any, sizes: Mapping[Width, int]) -> Any:
+    if isinstance(value, Width):
+        return sizes[value]
+    if isinstance(value, Shape):
+        return {"shape": [_concrete(dim, sizes) for dim in value.dims]}
+    return [_concrete(item, sizes) for item in value] if isinstance(value, tuple) else value
+
+
+def network_operations(
+    trace: Trace, branches: Iterable[Branch], shapes: Mapping[str, Sequence[int]], batch: int, folded: bool
+) -> tuple[Operation, ...]:
+    """Operations of a traced network that take time, for batches of `batch` images.
+
+    With `folded`, batch norms that follow a convolution are left out and that convolution has a bias instead.
+    """
+    graph = trace.graph
+    norms = foldable(graph) if folded else {}
+    widths = axis_widths(trace.groups, shapes)
+    sizes = {group.name: group.size for group in trace.groups}
+    inside = operations_inside(graph, branches)
+    dims: dict[fx.Node, tuple[Dim, ...]] = {graph.image: (batch, *trace.input_size)}
+    for node, name in graph.tensors.items():
+        dims[node] = tuple(widths.get((name, axis), size) for axis, size in enumerate(shapes[name]))
+    for node, value in graph.constants.items():
+        dims[node] = tuple(value.shape)
+    found = []
+    for node in graph.operations:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            dims[node] = _dims(node, _static(value, batch), dims, sizes)
+        if node in norms or not _takes_time(node, dims):
+            continue
+        args = tuple(_argument(arg, dims) for arg in node.args)
+        if operation(node) == "conv2d":
+            args = _convolution_arguments(args, biased=node in norms.values())
+        found.append(Operation(node.target, args, inside.get(node.name)))
+    return tuple(found)
+
+
+def _static(value: Tensor, batch: int) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else batch for size in value.shape)
+
+
+def _takes_time(node: fx.Node, dims: Mapping[fx.Node, tuple[Dim, ...]]) -> bool:
+    """Whether an operation computes something, from tensors and numbers that are known here."""
+    if node not in dims or not isinstance(node.target, torch._ops.OpOverload) or operation(node) in _FREE:
+        return False
+    if any(result.alias_info is not None for result in node.target._schema.returns):
+        return False  # a view
+    return all(used in dims for used in node.all_input_nodes)
+
+
+def _argument(arg: Any, dims: Mapping[fx.Node, tuple[Dim, ...]]) -> Any:
+    if isinstance(arg, fx.Node):
+        return Shape(dims[arg])
+    return tuple(_argument(item, dims) for item in arg) if isinstance(arg, (list, tuple)) else arg
+
+
+def _convolution_arguments(args: tuple[Any, ...], biased: bool) -> tuple[Any, ...]:
+    """Arguments of conv2d, all seven; a depthwise convolution has as many groups as channels, however many those are."""
+    images, weight, bias, stride, padding, dilation, groups = (
+        *args,
+        *(None, (1, 1), (0, 0), (1, 1), 1)[len(args) - 2 :],
+    )
+    if groups > 1 and weight.dims[1] == 1:
+        groups = images.dims[1]
+    if biased:
+        bias = Shape((weight.dims[0],))
+    return images, weight, bias, stride, padding, dilation, groups
+
+
+def _dims(
+    node: fx.Node, shape: tuple[int, ...], dims: Mapping[fx.Node, tuple[Dim, ...]], sizes: Mapping[str, int]
+) -> tuple[Dim, ...]:
+    """The shape of a result, with widths in place of sizes as far as its inputs tell; elsewhere widths count as full."""
+    name, inputs = operation(node), [dims[used] for used in node.all_input_nodes if used in dims]
+    result: list[Dim] = list(shape)
+    if name in ("conv2d", "linear") and node.args[1] in dims:
+        result[1 if name == "conv2d" else -1] = dims[node.args[1]][0]
+    elif name in ("permute", "transpose") and len(inputs) == 1:
+        order = list(range(len(shape)))
+        if name == "permute":
+            order = node.args[1]
+        else:
+            a, b = node.args[1:3]
+            order[a], order[b] = order[b], order[a]
+        result = [inputs[0][axis] for axis in order]
+    elif name == "cat":
+        axis = (node.args[1] if len(node.args) > 1 else 0) % len(shape)
+        result = [_total([d[i] for d in inputs]) if i == axis else inputs[0][i] for i in range(len(shape))]
+    else:
+        for source in inputs:
+            if len(source) != len(shape) and len(inputs) > 1:
+                continue  # a norm's weight, or an operand that is broadcast
+            for axis, dim in enumerate(source):
+                if isinstance(dim, Width):
+                    _carry(result, dim, axis, len(source), dim.at(sizes))
+    return tuple(result)
+
+
+def _carry(result: list[Dim], width: Width, axis: int, rank: int, size: int) -> None:
+    """Put an input's width where the result has its size: at the same place, or, reshaped, the first that is a multiple."""
+    if rank == len(result):
+        if result[axis] == size:
+            result[axis] = width
+        return
+    for i, found in enumerate(result[1:], 1):
+        if isinstance(found, int) and found % size == 0:
+            times = found // size
+            result[i] = Width(width.fixed * times, tuple((group, repeat * times) for group, repeat in width.groups))
+            return
+
+
+def _total(dims: Sequence[Dim]) -> Dim:
+    widths = [dim if isinstance(dim, Width) else Width(dim) for dim in dims]
+    repeats: dict[str, int] = {}
+    for width in widths:
+        for group, repeat in width.groups:
+            repeats[group] = repeats.get(group, 0) + repeat
+    return Width(sum(width.fixed for width in widths), tuple(repeats.items()))

@@ -1,0 +1,262 @@
+"""Predicted latency against arithmetic by hand, with a timer that is made up; the table on disk; folding."""
+
+import json
+import logging
+import re
+from math import ceil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from toys import Chain, ToyResNet, images, randomise, relative_error
+
+from hf_camphive import latency
+from hf_camphive.branches import droppable_branches
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.folding import fold_batchnorm
+from hf_camphive.graph import named_tensors
+from hf_camphive.latency import Axis, Grid, LatencyTable, best_times, fit, latency_parts
+from hf_camphive.limits import floors
+from hf_camphive.operations import network_operations
+from hf_camphive.tracing import trace_network
+
+FULL, SMALLEST = 10.0, 4.0  # milliseconds of the whole network, in this timer's world
+
+
+class Timer:
+    """Convolutions and linear layers take 0.01 ms for each input channel and started eight output channels, all else 0.1."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, works, device, progress) -> dict[str, float]:
+        self.asked += works
+        whole = iter((FULL, SMALLEST))
+        return {key: next(whole) if key.startswith("network") else alone(key) for key in works}
+
+
+def alone(key: str) -> float:
+    shapes = [json.loads(found) for found in re.findall(r'"shape": (\[[^]]*\])', key)]
+    if key.startswith(("conv2d", "linear")):
+        return 0.01 * shapes[0][-1 if key.startswith("linear") else 1] * ceil(shapes[1][0] / 8)
+    return 0.1
+
+
+def parts_of(net: nn.Module, table: LatencyTable, step: int = 1, size: int = 8, **options):
+    trace = trace_network(net, (3, size, size))
+    branches = droppable_branches(trace)
+    floor = floors(trace.groups, branches, frozenset(), {}, CampHiVeConfig(scope="all"))
+    parts = latency_parts(net, trace, branches, floor, table, **{"batch": 2, "folded": False, "step": step} | options)
+    return parts, {group.name: group.size for group in trace.groups}
+
+
+def predicted(parts, kept, dropped=()) -> float:
+    return sum(part.at(kept, dropped) for part in parts)
+
+
+@pytest.fixture
+def table(tmp_path) -> LatencyTable:
+    return LatencyTable(folder=tmp_path, timer=Timer())
+
+
+# Prediction
+
+
+def test_the_prediction_adds_up(table):
+    # conv1 3 -> 8, relu, conv2 8 -> 8, relu, linear 128 -> 3 (8 channels of 16 positions): five operations, alone
+    #   full:      0.03 + 0.1 + 0.08 + 0.1 + 1.28 = 1.59      one channel each: 0.03 + 0.1 + 0.01 + 0.1 + 0.16 = 0.40
+    parts, sizes = parts_of(Chain(), table)
+    scale = (FULL - SMALLEST) / (1.59 - 0.40)
+    assert len(parts) == 5 and sizes["conv1"] == sizes["conv2"] == 8
+    assert predicted(parts, sizes) == pytest.approx(FULL)
+    assert predicted(parts, sizes | {"conv1": 1, "conv2": 1}) == pytest.approx(SMALLEST)
+    half = predicted(parts, sizes | {"conv1": 4})
+    assert FULL - half == pytest.approx(scale * 0.04)  # conv2 reads four channels fewer; conv1's step is not left
+    assert half - predicted(parts, sizes | {"conv1": 4, "conv2": 3}) == pytest.approx(scale * 0.8)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_both_ends_are_met(table, folded):
+    parts, sizes = parts_of(ToyResNet(), table, folded=folded)
+    assert predicted(parts, sizes) == pytest.approx(FULL)
+    assert predicted(parts, {name: size if name == "head" else 1 for name, size in sizes.items()}) == pytest.approx(
+        SMALLEST
+    )
+
+
+def test_a_dropped_branch_takes_its_operations_along(table):
+    parts, sizes = parts_of(ToyResNet(), table)
+    branches = {part.branch for part in parts}
+    assert branches == {None, "block1", "block2"}
+    inside = [part for part in parts if part.branch == "block1"]
+    assert len(inside) == 5  # conv1 bn1 act1 conv2 bn2; the add and what follows it stay
+    gone = predicted(parts, sizes) - predicted(parts, sizes, ["block1"])
+    assert gone == pytest.approx(predicted(inside, sizes)) and gone > 0
+
+
+def test_folded_networks_have_no_norms_but_biases():
+    trace = trace_network(ToyResNet(), (3, 8, 8))
+    shapes = {name: tensor.shape for name, tensor in named_tensors(ToyResNet()).items()}
+    names = {}
+    for folded in (False, True):
+        found = network_operations(trace, droppable_branches(trace), shapes, 2, folded)
+        names[folded] = [op.target._schema.name for op in found]
+        convolutions = [op for op in found if op.target._schema.name == "aten::conv2d"]
+        assert all((op.args[2] is not None) == folded for op in convolutions[:3])
+    assert names[False].count("aten::batch_norm") == 6 and "aten::batch_norm" not in names[True]
+
+
+def test_depthwise_convolutions_keep_a_group_a_channel(table):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 2)
+    )
+    parts_of(net, table)
+    depthwise = [json.loads(key.split(" ", 2)[2]) for key in table.ms if key.startswith("conv2d") and ", 3, 3]" in key]
+    assert {(args[0]["shape"][1], args[1]["shape"][0], args[-1]) for args in depthwise} == {
+        (n, n, n) for n in (1, 7, 8)
+    }
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "resnet50", "cifar_mobilenetv2"])
+def test_sizes_agree_with_one_another_at_any_width(name):
+    """Every operation at reduced widths is run, on the meta device: shapes that did not fit would be refused."""
+    net = timm.create_model(name).eval()
+    trace = trace_network(net, net.pretrained_cfg["input_size"])
+    shapes = {key: tuple(tensor.shape) for key, tensor in named_tensors(net).items()}
+    kept = {group.name: group.size if group.frozen else max(1, group.size // 2) for group in trace.groups}
+    for op in network_operations(trace, (), shapes, 2, False):
+        _, args = op.at([width.at(kept) for width in op.widths], torch.float32)
+        latency._prepare_operation(op.target, args, torch.device("meta"), torch.float32)()()
+
+
+@pytest.mark.parametrize(
+    ("sums", "measured", "expected"),
+    [
+        ({"full": 10, "smallest": 2}, {"full": 13.0, "smallest": 5.0}, (1.0, 0.3)),
+        ({"full": 10, "smallest": 2}, {"full": 20.0, "smallest": 1.0}, (2.0, 0.0)),  # no time below zero
+        ({"full": 10, "smallest": 2}, {"full": 20.0}, (2.0, 0.0)),  # cannot be made narrow
+        ({"full": 10, "smallest": 10}, {"full": 20.0, "smallest": 19.0}, (2.0, 0.0)),
+    ],
+)
+def test_scale_and_overhead_by_hand(sums, measured, expected):
+    assert fit(sums, measured, 10) == pytest.approx(expected)
+
+
+# The grid
+
+
+def test_times_between_grid_points_are_interpolated():
+    grid = Grid((Axis((8, 16, 64), (1, 7, 9, 64), 0, 8), Axis((10,))))
+    at = {point: float(point[0]) ** 2 for point in grid.points()}.__getitem__
+    assert grid.interpolate((16, 10), at) == 256
+    assert grid.interpolate((40, 10), at) == (256 + 4096) / 2  # half way from 16 to 64
+    assert grid.interpolate((4, 10), at) == (1 + 49) / 2  # ragged: half way from 1 to 7
+    assert grid.interpolate((7, 10), at) == 49
+
+
+def test_two_widths_are_interpolated_in_both():
+    grid = Grid((Axis((8, 16), (), 0, 8), Axis((8, 24), (), 0, 8)))
+    assert grid.interpolate((12, 16), lambda point: point[0] * point[1]) == 12 * 16
+    assert len(grid.points()) == 4
+
+
+# The table
+
+
+def test_what_was_timed_is_not_timed_again(tmp_path):
+    first = LatencyTable(folder=tmp_path, timer=Timer())
+    parts, sizes = parts_of(Chain(), first)
+    again = LatencyTable(folder=tmp_path, timer=Timer())
+    assert [predicted(parts_of(Chain(), again)[0], kept) for kept in (sizes,)] == [predicted(parts, sizes)]
+    assert first.timer.asked and not again.timer.asked
+    parts_of(Chain(), again, batch=3)
+    assert again.timer.asked and not set(again.timer.asked) & set(first.timer.asked)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # nothing half-written is left
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "ms": {"a": "b"}}', "\x00"], ids=repr)
+def test_a_damaged_table_is_measured_again(tmp_path, text, caplog):
+    LatencyTable(folder=tmp_path, timer=Timer()).measure({"relu": lambda: None})
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "hf_camphive"):
+        table = LatencyTable(folder=tmp_path, timer=Timer())
+    assert "is damaged" in caplog.text and str(path) in caplog.text
+    table.measure({"relu": lambda: None})
+    assert LatencyTable(folder=tmp_path, timer=Timer()).ms == {"relu": 0.1}
+
+
+def test_tables_of_two_runs_at_once_are_joined(tmp_path):
+    tables = [LatencyTable(folder=tmp_path, timer=Timer()) for _ in range(2)]
+    for table, key in zip(tables, ("relu", "add")):
+        table.measure({key: lambda: None})
+    assert LatencyTable(folder=tmp_path).ms == {"relu": 0.1, "add": 0.1}
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    table = LatencyTable(folder=tmp_path / "file" / "folder", timer=Timer())
+    table.measure({"relu": lambda: None})
+    assert table.ms == {"relu": 0.1} and "could not be kept" in caplog.text
+
+
+def test_every_device_and_number_of_threads_has_a_table(tmp_path, monkeypatch):
+    one = LatencyTable(folder=tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert LatencyTable(folder=tmp_path).path != one.path
+    assert LatencyTable().path.parent == Path(latency.constants.HF_HOME, "camphive")
+
+
+def test_the_best_time_counts_and_works_take_turns(monkeypatch):
+    turns = []
+    monkeypatch.setattr(latency, "_milliseconds", lambda run, device: run())
+    monkeypatch.setattr(latency, "MOST_CALLS", 2)
+
+    def work(name):
+        times = iter(float(t) for t in (9, 3, 5, 9, 4, 2) * latency.ROUNDS)
+        return lambda: turns.append(name) or (lambda: next(times))
+
+    assert best_times({"a": work("a"), "b": work("b")}, torch.device("cpu")) == {"a": 2.0, "b": 2.0}
+    assert turns == ["a", "b"] * latency.ROUNDS
+
+
+def test_real_times_are_positive(tmp_path):
+    table = LatencyTable(folder=tmp_path)
+    parts, sizes = parts_of(Chain(), table)
+    assert 0 < predicted(parts, sizes) == pytest.approx(next(ms for key, ms in table.ms.items() if "network" in key))
+
+
+# Folding
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.ReLU])
+def test_folding_leaves_the_function(act):
+    net = randomise(ToyResNet(act))
+    folded = fold_batchnorm(net, (3, 8, 8))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()) == 6
+    assert relative_error(folded(images(2)), net(images(2))) < 1e-12
+
+
+def test_norms_with_an_activation_keep_it():
+    net = randomise(timm.create_model("cifar_mobilenetv2"))
+    folded = fold_batchnorm(net, (3, 32, 32))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert relative_error(folded(images(2, 32)), net(images(2, 32))) < 1e-12
+
+
+def test_what_runs_twice_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(self.conv(x))))
+
+    net = randomise(Twice())
+    folded = fold_batchnorm(net, (3, 8, 8))
+    assert isinstance(folded.norm, nn.BatchNorm2d)
+    assert relative_error(folded(images(2)), net(images(2))) < 1e-12
