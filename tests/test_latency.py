@@ -22,11 +22,11 @@ from hf_camphive.limits import floors
 from hf_camphive.operations import network_operations
 from hf_camphive.tracing import trace_network
 
-FULL, SMALLEST = 10.0, 4.0  # milliseconds of the whole network, in this timer's world
+FULL, SMALLEST = 10.0, 6.0  # milliseconds of the whole network, in this timer's world
 
 
 class Timer:
-    """Convolutions and linear layers take 0.01 ms for each input channel and started eight output channels, all else 0.1."""
+    """Convolutions and linear layers take 0.01 ms for each input channel and started eight output channels, all else 0.01."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -41,7 +41,7 @@ def alone(key: str) -> float:
     shapes = [json.loads(found) for found in re.findall(r'"shape": (\[[^]]*\])', key)]
     if key.startswith(("conv2d", "linear")):
         return 0.01 * shapes[0][-1 if key.startswith("linear") else 1] * ceil(shapes[1][0] / 8)
-    return 0.1
+    return 0.01
 
 
 def parts_of(net: nn.Module, table: LatencyTable, step: int = 1, size: int = 8, **options):
@@ -66,9 +66,9 @@ def table(tmp_path) -> LatencyTable:
 
 def test_the_prediction_adds_up(table):
     # conv1 3 -> 8, relu, conv2 8 -> 8, relu, linear 128 -> 3 (8 channels of 16 positions): five operations, alone
-    #   full:      0.03 + 0.1 + 0.08 + 0.1 + 1.28 = 1.59      one channel each: 0.03 + 0.1 + 0.01 + 0.1 + 0.16 = 0.40
+    #   full: 0.03 + 0.01 + 0.08 + 0.01 + 1.28 = 1.41      one channel each: 0.03 + 0.01 + 0.01 + 0.01 + 0.16 = 0.22
     parts, sizes = parts_of(Chain(), table)
-    scale = (FULL - SMALLEST) / (1.59 - 0.40)
+    scale = (FULL - SMALLEST) / (1.41 - 0.22)
     assert len(parts) == 5 and sizes["conv1"] == sizes["conv2"] == 8
     assert predicted(parts, sizes) == pytest.approx(FULL)
     assert predicted(parts, sizes | {"conv1": 1, "conv2": 1}) == pytest.approx(SMALLEST)
@@ -119,7 +119,10 @@ def test_depthwise_convolutions_keep_a_group_a_channel(table):
     }
 
 
-@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "resnet50", "cifar_mobilenetv2"])
+@pytest.mark.parametrize(
+    "name",
+    ["efficientnet_b0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "resnet50"))],
+)
 def test_sizes_agree_with_one_another_at_any_width(name):
     """Every operation at reduced widths is run, on the meta device: shapes that did not fit would be refused."""
     net = timm.create_model(name).eval()
@@ -185,21 +188,21 @@ def test_a_damaged_table_is_measured_again(tmp_path, text, caplog):
         table = LatencyTable(folder=tmp_path, timer=Timer())
     assert "is damaged" in caplog.text and str(path) in caplog.text
     table.measure({"relu": lambda: None})
-    assert LatencyTable(folder=tmp_path, timer=Timer()).ms == {"relu": 0.1}
+    assert LatencyTable(folder=tmp_path, timer=Timer()).ms == {"relu": 0.01}
 
 
 def test_tables_of_two_runs_at_once_are_joined(tmp_path):
     tables = [LatencyTable(folder=tmp_path, timer=Timer()) for _ in range(2)]
     for table, key in zip(tables, ("relu", "add")):
         table.measure({key: lambda: None})
-    assert LatencyTable(folder=tmp_path).ms == {"relu": 0.1, "add": 0.1}
+    assert LatencyTable(folder=tmp_path).ms == {"relu": 0.01, "add": 0.01}
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     table = LatencyTable(folder=tmp_path / "file" / "folder", timer=Timer())
     table.measure({"relu": lambda: None})
-    assert table.ms == {"relu": 0.1} and "could not be kept" in caplog.text
+    assert table.ms == {"relu": 0.01} and "could not be kept" in caplog.text
 
 
 def test_every_device_and_number_of_threads_has_a_table(tmp_path, monkeypatch):

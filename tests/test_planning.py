@@ -1,15 +1,16 @@
 """The greedy descent against arithmetic done by hand, and budgets against floors; no network in sight."""
 
 import random
+from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 
 from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import PlanError
+from hf_camphive.errors import ConfigError, PlanError
 from hf_camphive.plan import Branch, ChannelGroup, Slot
-from hf_camphive.planning import Budgeted, cyclic_pairs, make_plan, smallest
+from hf_camphive.planning import Budgeted, Part, Width, cyclic_pairs, make_plan, smallest
 
 
 def config(**changes) -> CampHiVeConfig:
@@ -320,6 +321,121 @@ def test_budgets_with_branches_are_never_exceeded(seed):
         kept = widths(plan)
         assert plan.macs_after == macs(network, kept) <= target
         assert (plan.dropped == ("block",)) == (kept["a"] == 0) == (kept["b"] == 0)
+
+
+# Several costs, staircases and whole branches
+
+
+def timed(network: Budgeted, *parts: Part) -> Budgeted:
+    return replace(network, operations=parts)
+
+
+def stairs(group: str, step: int, ms: float = 1.0) -> Part:
+    """An operation that takes `ms` for each started `step` channels of a group."""
+    return Part((Width(0, ((group, 1),)),), lambda width: ms * -(-width // step))
+
+
+def latency_plan(network: Budgeted, scores: dict, target: float, **changes):
+    return make_plan(network, scores, {"latency": target}, config(target_latency=target, **{"round_to": 1} | changes))
+
+
+def test_steps_that_save_no_time_are_looked_past():
+    # g1 takes 1 ms for each started four channels: three channels of g1 save nothing, the fourth saves all.
+    network = timed(chain(1, 8, 8, 1), stairs("g1", 4), stairs("g2", 8, 0.5))
+    scores = {"g1": torch.full((8,), 0.1), "g2": torch.full((8,), 0.1)}
+    plan = latency_plan(network, scores, 1.5)
+    assert widths(plan)["g1"] <= 4 and widths(plan)["g2"] == 8
+    (budget,) = plan.budgets
+    assert (budget.cost, budget.before, budget.target, budget.after) == ("latency", 2.5, 1.5, 1.5)
+
+
+def test_latency_plans_keep_multiples_of_eight_unless_told_otherwise():
+    network = timed(chain(1, 32, 32, 1), stairs("g1", 1), stairs("g2", 1))
+    scores = random_scores(network, 0)
+    plan = make_plan(network, scores, {"latency": 40}, config(target_latency=40.0))
+    assert all(width % 8 == 0 for width in widths(plan).values())
+
+
+def test_a_branch_goes_whole_where_its_fixed_cost_makes_that_cheaper():
+    # A channel of `a` or `b` saves 1 ms; the whole branch 5 + 10 fixed, and loses all five scores.
+    fixed = Part((), lambda: 10.0, "block")
+    network = timed(residual(), stairs("a", 1), stairs("b", 1), fixed)
+    scores = {"stream": torch.full((4,), 1e9), "a": torch.full((2,), 1.0), "b": torch.full((3,), 1.0)}
+    plan = latency_plan(network, scores, 6.0)
+    assert plan.dropped == ("block",) and plan.budgets[0].after == 0  # 5.0 / 9 against 1.0 / 1
+    without = timed(residual(), stairs("a", 1), stairs("b", 1))
+    assert latency_plan(without, scores, 4.0).dropped == ()
+
+
+def test_all_budgets_are_met_and_those_met_count_no_more():
+    network = replace(chain(2, 10, 10, 1), parameters=frozenset({"conv0.weight", "conv1.weight"}))
+    for seed in range(5):
+        targets = {"macs": 0.5 * network.macs, "params": 0.3 * network.costs()["params"]}
+        plan = make_plan(network, random_scores(network, seed), targets, config())
+        assert [budget.cost for budget in plan.budgets] == ["macs", "params"]
+        assert all(budget.after <= budget.target for budget in plan.budgets)
+    # MACs are met from the start: only what saves parameters counts, though g3 saves MACs at less loss.
+    network = replace(chain(2, 4, 1, 4, 1), parameters=frozenset({"conv0.weight"}))
+    scores = {"g1": torch.ones(4), "g2": torch.ones(1), "g3": torch.zeros(4)}
+    plan = make_plan(network, scores, {"macs": network.macs, "params": 6}, config())
+    assert widths(plan) == {"g1": 3, "g2": 1, "g3": 4}
+
+
+def test_parameters_of_a_dropped_branch_leave_a_constant():
+    network = residual()
+    network = replace(network, parameters=frozenset(network.shapes))
+    before = network.costs()["params"]
+    assert before == 12 + 8 + 6 + 12 + 20
+    plan = make_plan(network, {"stream": torch.full((4,), 1e9)}, {"params": 36}, config(target_params=0.5))
+    assert plan.dropped == ("block",) and plan.budgets[0].after == 12 + 20 + 4
+
+
+def test_latency_out_of_reach():
+    network = timed(chain(1, 8, 8, 1), stairs("g1", 1))
+    with pytest.raises(
+        PlanError, match=r"budget of 0.5 ms a batch \(6.2%\) cannot be met: .* is 1 ms a batch \(12.5%\)"
+    ):
+        latency_plan(network, {}, 0.5)
+
+
+# Limits
+
+
+def test_kept_layers_stay_as_they_are():
+    network = chain(3, 8, 8, 8, 2)
+    for pattern, kept in (("conv1", {"g1", "g2"}), ("conv0", {"g1"}), ("conv[23]", {"g2", "g3"})):
+        found = widths(make_plan(network, {}, least_macs(network, config(keep=pattern)), config(keep=pattern)))
+        assert {name for name, width in found.items() if width == 8} == kept
+    whole = widths(
+        make_plan(residual(), {}, least_macs(residual(), config(keep="block.conv2")), config(keep="block.conv2"))
+    )
+    assert whole == {"stream": 1, "a": 2, "b": 3}
+
+
+def test_a_branch_with_a_kept_layer_or_a_limit_is_not_dropped():
+    for changes in ({"keep": "block.conv1"}, {"max_ratio": 0.9}, {"layer_max_ratio": "block.conv2=0.5"}):
+        settings = config(**changes)
+        plan = make_plan(residual(), {}, least_macs(residual(), settings), settings)
+        assert plan.dropped == () and 0 not in widths(plan).values(), changes
+
+
+def test_ratio_limits_by_hand():
+    network = chain(3, 10, 10, 10, 2)
+    settings = config(max_ratio=0.7, layer_max_ratio="conv0=0.25,conv*=0.9,conv2=0.5")
+    plan = make_plan(network, {}, least_macs(network, settings), settings)
+    assert widths(plan) == {"g1": 8, "g2": 1, "g3": 5}
+    network = replace(network, dense_sizes={"g1": 20})
+    settings = config(max_ratio=0.7)
+    assert widths(make_plan(network, {}, least_macs(network, settings), settings)) == {"g1": 6, "g2": 3, "g3": 3}
+
+
+def test_patterns_that_match_nothing_are_refused():
+    for option in ("keep", "layer_max_ratio"):
+        settings = config(**{option: "convv1" + "=0.5" * (option != "keep")})
+        with pytest.raises(ConfigError, match=rf"{option}: no layer .* matches 'convv1'; .* such as 'conv1'"):
+            make_plan(chain(3, 8, 2), {}, 10, settings)
+    with pytest.raises(PlanError, match=r"no channel group .* can be pruned .* keep fewer layers"):
+        make_plan(chain(3, 8, 2), {}, 10, config(keep="*"))
 
 
 # Pairs
