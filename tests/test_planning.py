@@ -357,14 +357,14 @@ def test_latency_plans_keep_multiples_of_eight_unless_told_otherwise():
 
 
 def test_a_branch_goes_whole_where_its_fixed_cost_makes_that_cheaper():
-    # A channel of `a` or `b` saves 1 ms; the whole branch 5 + 10 fixed, and loses all five scores.
-    fixed = Part((), lambda: 10.0, "block")
-    network = timed(residual(), stairs("a", 1), stairs("b", 1), fixed)
-    scores = {"stream": torch.full((4,), 1e9), "a": torch.full((2,), 1.0), "b": torch.full((3,), 1.0)}
-    plan = latency_plan(network, scores, 6.0)
-    assert plan.dropped == ("block",) and plan.budgets[0].after == 0  # 5.0 / 9 against 1.0 / 1
-    without = timed(residual(), stairs("a", 1), stairs("b", 1))
-    assert latency_plan(without, scores, 4.0).dropped == ()
+    # Channel by channel, the stream's (1.5 a ms) are cheaper than the branch's (2 a ms); the branch whole has 10 ms more.
+    parts = stairs("stream", 1), stairs("a", 1), stairs("b", 1)
+    network = residual(stream=12)
+    scores = {"stream": torch.full((12,), 1.5), "a": torch.full((2,), 2.0), "b": torch.full((3,), 2.0)}
+    plan = latency_plan(timed(network, *parts, Part((), lambda: 10.0, "block")), scores, 18.0)  # 10 / 9 against 1.5
+    assert plan.dropped == ("block",) and widths(plan)["stream"] == 12 and plan.budgets[0].after == 12
+    plan = latency_plan(timed(network, *parts), scores, 8.0)  # without that, 2 a ms: the stream goes
+    assert plan.dropped == () and widths(plan) == {"stream": 3, "a": 2, "b": 3}
 
 
 def test_all_budgets_are_met_and_those_met_count_no_more():
