@@ -46,7 +46,17 @@ class CampHiVeConfig:
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: Literal[
-        "fisher", "hive", "hive-paper", "hap", "sosp-h", "sosp-i", "taylor", "magnitude", "bn-scale", "random"
+        "merge-aware",
+        "fisher",
+        "hive",
+        "hive-paper",
+        "hap",
+        "sosp-h",
+        "sosp-i",
+        "taylor",
+        "magnitude",
+        "bn-scale",
+        "random",
     ] = _option(
         "fisher", "How channels are scored. `hive` is CAMP-HiVe's curvature; `fisher` measures better for now."
     )

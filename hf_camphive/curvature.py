@@ -206,13 +206,13 @@ def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.softmax(1) - F.one_hot(labels, logits.shape[1])
 
 
-def curvature_cotangent(logits: Tensor, signs: Tensor) -> Tensor:
+def curvature_cotangent(logits: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
     """z = (diag(sqrt p) - p sqrt(p)^T) s for random signs s [N, K]: E[z z^T] = diag(p) - p p^T, the curvature R.
 
     Like drawing a label from the model (z = p - onehot(y), Martens 2020, section 5) it gives R in expectation; but where
-    the model is sure, a drawn label is nearly always the same one and says nothing.
+    the model is sure, a drawn label is nearly always the same one and says nothing. p = softmax(logits / temperature).
     """
-    p = logits.double().softmax(1)
+    p = (logits.double() / temperature).softmax(1)
     s = p.sqrt() * signs
     return s - p * s.sum(1, keepdim=True)
 

@@ -62,15 +62,18 @@ class Evidence:
             cotangent = partial(label_cotangent, labels=labels)
             yield gate_gradients(self.trace, self.state, gates, images, cotangent).double()
 
+    def signs(self) -> Tensor:
+        """Random signs for each class of each calibration image of all processes, [N, K]."""
+        classes = self.trace.graph.logits.meta["val"].shape[-1]
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return torch.randint(0, 2, (self.total, classes), generator=generator) * 2 - 1
+
     def model_gradients(self, description: str) -> Iterator[Tensor]:
         """Gate gradients g_n = J_n^T z_n [N, S] in float64 with E[z z^T] = diag(p) - p p^T, batch by batch.
 
         mean_n g_n g_n^T is the Gauss-Newton matrix in expectation (`curvature_cotangent`).
         """
-        gates = self.gates
-        classes = self.trace.graph.logits.meta["val"].shape[-1]
-        generator = torch.Generator().manual_seed(self.config.seed)
-        signs = torch.randint(0, 2, (self.total, classes), generator=generator) * 2 - 1
+        gates, signs = self.gates, self.signs()
         for images, _, indices in self.batches(description):
             cotangent = partial(curvature_cotangent, signs=signs[indices.cpu()].to(images.device))
             yield gate_gradients(self.trace, self.state, gates, images, cotangent).double()

@@ -11,7 +11,17 @@ FLOORS = {
     1: ["graph", "limits", "planning", "calibration"],
     2: [
         *("tracing", "branches", "implants", "surgery", "expansion"),
-        *("spectrum", "traces", "gates", "curvature", "evidence", "second_order", "weight_pruning", "criteria"),
+        *(
+            "spectrum",
+            "traces",
+            "gates",
+            "curvature",
+            "evidence",
+            "second_order",
+            "weight_pruning",
+            "merge_loss",
+            "criteria",
+        ),
         *("reconstruction", "merging"),
         *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
     ],
