@@ -22,6 +22,7 @@ from .spectrum import lanczos, power_iteration
 
 logger = logging.getLogger(__name__)
 SCORE_TEMPERATURE = 4.0
+PIXELS = 2**19  # of images whose gradients are taken at once
 SUMS, LEAST_SUMS = (
     2**23,
     32,
@@ -58,19 +59,20 @@ def merge_aware(evidence: Evidence) -> Scores:
     products: dict[str, Tensor] = {}
     seconds: dict[str, Tensor] = {}
     removal = torch.zeros(gates.size, dtype=torch.float64)
-    for images, _, indices in evidence.batches("Score (merge-aware)"):
-        cotangent = partial(
-            curvature_cotangent, signs=signs[indices.cpu()].to(images.device), temperature=SCORE_TEMPERATURE
-        )
-        for name, m, s in consumer_products(evidence.trace, evidence.state, names, images, cotangent):
-            if name not in products:
-                products[name] = m.new_zeros(rows[name], *m.shape[1:])
-                seconds[name] = torch.zeros_like(s, dtype=torch.float64)
-            products[name].index_add_(0, indices.to(m.device) % rows[name], m)
-            seconds[name] += s
-        if len(names) < len(gates.slices):
-            gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
-            removal += gradients.double().square().sum(0).cpu()
+    for batch, _, numbers in evidence.batches("Score (merge-aware)"):
+        some = max(1, PIXELS // (batch.shape[-1] * batch.shape[-2]))
+        for images, indices in zip(batch.split(some), numbers.split(some)):
+            drawn = signs[indices.cpu()].to(images.device)
+            cotangent = partial(curvature_cotangent, signs=drawn, temperature=SCORE_TEMPERATURE)
+            for name, m, s in consumer_products(evidence.trace, evidence.state, names, images, cotangent):
+                if name not in products:
+                    products[name] = m.new_zeros(rows[name], *m.shape[1:])
+                    seconds[name] = torch.zeros_like(s, dtype=torch.float64)
+                products[name].index_add_(0, indices.to(m.device) % rows[name], m)
+                seconds[name] += s
+            if len(names) < len(gates.slices):
+                gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
+                removal += gradients.double().square().sum(0).cpu()
     scores = gates.split(0.5 * evidence.reduce(removal) / evidence.total)
     for name in sorted(names):
         total = evidence.reduce(products.pop(name)) / evidence.total**0.5
