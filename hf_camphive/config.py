@@ -101,6 +101,9 @@ class CampHiVeConfig:
     power_tolerance: float = _option(0.05, "Stop the eigensolver at this residual ||Av - lambda v|| / |lambda|.")
     curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
+    polish_steps: int = _option(
+        0, "Gradient steps towards the dense network's logits on calibration images after the cut, without labels."
+    )
 
     # Finetuning
     num_train_epochs: float = _option(
@@ -275,6 +278,7 @@ _NOT_NEGATIVE = (
     "seed",
     "power_tolerance",
     "ridge",
+    "polish_steps",
     "num_train_epochs",
     "learning_rate",
     "weight_decay",

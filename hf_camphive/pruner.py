@@ -36,11 +36,19 @@ from .models import BaseModel, load_base, replace_head
 from .plan import Budget, PrunePlan, format_cost
 from .planning import Budgeted, Part, how_to_reach_lower, make_plan, smallest
 from .plots import draw_plots
+from .polish import polish
 from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
 from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
-from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
+from .training import (
+    evaluate_accuracy,
+    finetune,
+    make_accelerator,
+    polish_precision,
+    recalibrate_batchnorm,
+    train_head,
+)
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
@@ -180,6 +188,23 @@ class CampHiVePruner:
             )
         return self.net
 
+    def polish(self, calibration: Batches | Calibration) -> nn.Module:
+        """Bring the logits of `net` nearer to the dense network's by `config.polish_steps` label-free steps, in place."""
+        calibration = self._collected(calibration)
+        with self._timed("polish"):
+            batch = {"pixel_values": calibration.images[0], "labels": calibration.labels[0]}
+            polish(
+                self.net,
+                self.dense,
+                calibration,
+                self.config.polish_steps,
+                seed=self.config.seed,
+                precision=polish_precision(self.net, batch, self.config, self.accelerator),
+                reduce=self._reduce,
+                progress=self._progress,
+            )
+        return self.net
+
     # The whole job
 
     def run(
@@ -202,7 +227,8 @@ class CampHiVePruner:
             self._evaluate("dense", self.net, loader, split)
             self._keep(work, loaders, command)
         memory = IterationMemory(work, self.accelerator.is_main_process) if work else None
-        if len(self.plans) < self.config.cycles:
+        to_polish = self.config.polish_steps > 0 and "polished" not in self.stages
+        if len(self.plans) < self.config.cycles or to_polish:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)
         while not self.finished:
@@ -212,6 +238,10 @@ class CampHiVePruner:
             self._keep(work, loaders, command)
         if "pruned" not in self.stages:
             self._evaluate("pruned", self.net, loader, split)
+            self._keep(work, loaders, command)
+        if to_polish:
+            self.polish(calibration)
+            self._evaluate("polished", self.net, loader, split)
             self._keep(work, loaders, command)
         if self.config.num_train_epochs and loaders.train is None:
             self.notes.append("Not finetuned: the dataset has no training split.")

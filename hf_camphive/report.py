@@ -70,7 +70,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Stage:
-    """A network on its way: "dense", "pruned" or "finetuned". `accuracy` None: not measured."""
+    """A network on its way: "dense", "pruned", "polished" or "finetuned". `accuracy` None: not measured."""
 
     name: str
     footprint: Footprint

@@ -139,7 +139,7 @@ def evaluate_accuracy(
     share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True)
     with torch.no_grad(), _progress(accelerator, description, _length(share), "batch") as bar:
         for batch in share:
-            logits = net(_channels_last(batch["pixel_values"]))
+            logits = net(channels_last(batch["pixel_values"]))
             best = logits.topk(min(5, logits.shape[1])).indices
             best[~logits.isfinite().all(dim=1)] = -1
             best, labels = accelerator.gather_for_metrics((best, batch["labels"]))
@@ -261,7 +261,7 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
             share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True, even_batches=False)
         with _progress(accelerator, "Recalibrate BatchNorm", _length(share), "batch") as bar:
             for batch in share:
-                net(_channels_last(batch["pixel_values"]))
+                net(channels_last(batch["pixel_values"]))
                 bar.update()
     finally:
         for hook in hooks:
@@ -305,6 +305,14 @@ def choose_precision(net: nn.Module, batch: Batch, device: torch.device) -> tupl
     return choice, best
 
 
+def polish_precision(net: nn.Module, batch: Batch, config: CampHiVeConfig, accelerator: Accelerator) -> Precision:
+    """What `config.mixed_precision` asks for, but fp32 in place of fp16: that one needs a gradient scaler."""
+    if config.mixed_precision == "auto":
+        few = {key: value[:PROBE_FEW_ROWS] for key, value in batch.items()}
+        return _shared_choice(net, few, config, accelerator)
+    return "bf16" if config.mixed_precision == "bf16" else "no"
+
+
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, teacher_logits: torch.Tensor | None, config: CampHiVeConfig
 ) -> torch.Tensor:
@@ -312,12 +320,12 @@ def classification_loss(
 
     Logits [B, classes], labels [B]; a = `config.distillation`, T = `config.temperature`. In fp32 at least.
     """
-    logits = _at_least_fp32(logits)
+    logits = at_least_fp32(logits)
     hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if teacher_logits is None:
         return hard
     t = config.temperature
-    given = F.log_softmax(_at_least_fp32(teacher_logits) / t, dim=1)
+    given = F.log_softmax(at_least_fp32(teacher_logits) / t, dim=1)
     soft = F.kl_div(F.log_softmax(logits / t, dim=1), given, log_target=True, reduction="batchmean")
     return (1 - config.distillation) * hard + config.distillation * t**2 * soft
 
@@ -441,7 +449,7 @@ def _train(
     checkpoint = store.newest() if store and resume else None
     precision = run.precision
     if precision == "auto" and checkpoint is None:
-        precision = _shared_choice(run.net, loaders, config, accelerator)
+        precision = _shared_choice(run.net, next(iter(loaders.calibration)), config, accelerator)
     set_seed(config.seed, device_specific=True)
 
     modes = _modes(run.net)
@@ -534,8 +542,8 @@ class _Job:
 
     def _step(self, batch: Batch, where: str, rate: float) -> float:
         """One batch's share of an optimizer step; its loss."""
-        images = _channels_last(batch["pixel_values"])
-        with _autocast(self.accelerator.device, self.precision):
+        images = channels_last(batch["pixel_values"])
+        with autocast(self.accelerator.device, self.precision):
             soft = None
             if self.run.teacher is not None:
                 with torch.no_grad():
@@ -606,11 +614,8 @@ def _optimizer(run: _Run, config: CampHiVeConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=run.learning_rate, momentum=0.9, nesterov=True)
 
 
-def _shared_choice(
-    net: nn.Module, loaders: TrainingLoaders, config: CampHiVeConfig, accelerator: Accelerator
-) -> Precision:
+def _shared_choice(net: nn.Module, batch: Batch, config: CampHiVeConfig, accelerator: Accelerator) -> Precision:
     """The main process's choice, for all; on calibration images, since drawing others would change their order."""
-    batch = next(iter(loaders.calibration))
     rows = config.per_device_train_batch_size
     choice = [choose_precision(net, {key: value[:rows] for key, value in batch.items()}, accelerator.device)[0]]
     return broadcast_object_list(choice)[0]
@@ -620,8 +625,8 @@ def _step_seconds(net: nn.Module, batch: Batch, precision: Precision) -> float:
     device = batch["pixel_values"].device
     _wait_for(device)
     began = time.perf_counter()
-    with _autocast(device, precision):
-        loss = F.cross_entropy(_at_least_fp32(net(_channels_last(batch["pixel_values"]))), batch["labels"])
+    with autocast(device, precision):
+        loss = F.cross_entropy(at_least_fp32(net(channels_last(batch["pixel_values"]))), batch["labels"])
     loss.backward()
     net.zero_grad()
     _wait_for(device)
@@ -633,16 +638,19 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The forward pass of a precision; nothing in fp32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "no")
 
 
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Values in fp32, or in their own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _channels_last(images: torch.Tensor) -> torch.Tensor:
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W] in the memory format that convolutions are fast in."""
     return images.contiguous(memory_format=torch.channels_last)
 
 

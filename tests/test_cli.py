@@ -28,7 +28,7 @@ from hf_camphive.plan import PLAN_FILE, plans_from_json
 from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, measure_latency
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--calibration-size 64 --epochs 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
+QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,241 @@
+"""Polish: label-free gradient steps that bring the cut network's logits back to the dense network's.
+
+Reconstruction fits one layer at a time; what it leaves is an error that all layers share. A short descent on all weights
+at once, towards the dense network's own logits on varied calibration images, takes part of it away. No label is read and
+BatchNorm's statistics stay as they are. It is training in so far as it follows a gradient: reports state the accuracy
+before it and after it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .calibration import Calibration
+from .training import Precision, at_least_fp32, autocast, channels_last, warmup_cosine
+
+LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
+BETAS = (0.9, 0.99)
+WARMUP = 0.1  # share of the steps
+MOST_IMAGES, MOST_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
+HELD_OUT = 8  # one image in so many is held out
+SHIFT = 8  # images are shifted by up to 1/8 of their side
+MIX = 0.5  # share of another image that is mixed in, at most
+CONTRAST, BRIGHTNESS = (
+    0.4,
+    0.4,
+)  # contrast changes by up to this factor, brightness by up to this many standard deviations
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Views:
+    """One step's images and what becomes of each: their numbers among all calibration images, and random values [B]."""
+
+    numbers: Tensor
+    mirrored: Tensor
+    shifts: Tensor  # [B, 2], rows and columns
+    partner: Tensor  # in [0, 1): which other image of its batch is mixed in
+    mix: Tensor
+    contrast: Tensor
+    brightness: Tensor
+
+
+def polish(
+    net: nn.Module,
+    dense: nn.Module,
+    calibration: Calibration,
+    steps: int,
+    *,
+    seed: int = 0,
+    precision: Precision = "no",
+    reduce: Reduce = lambda tensor: tensor,
+    progress: bool = False,
+) -> None:
+    """Change the weights of `net` in place, by `steps` steps of Adam on the distance of its logits from those of `dense`.
+
+    min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
+    is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
+    network there is the dense network's answer, whatever it is). Both networks are in eval mode.
+    One calibration image in eight is held out, and looked at as it is: where the distance has doubled half-way, or is no
+    less at the end than at the start, the weights come back and a lower learning rate is tried; after the lowest they stay
+    as they were.
+    On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
+    weights, which are those of one process up to rounding.
+    """
+    if calibration.total < 2 or not steps:
+        return
+    with _evaluating(dense, gradients=False), _evaluating(net, gradients=True):
+        descent = _Descent(net, dense, calibration, seed, precision, reduce)
+        for learning_rate in LEARNING_RATES:
+            if descent.run(learning_rate, steps, progress):
+                return
+            descent.go_back()
+
+
+class _Descent:
+    """What the attempts at polishing share: where they begin, their images, and how far the start is from the goal."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dense: nn.Module,
+        calibration: Calibration,
+        seed: int,
+        precision: Precision,
+        reduce: Reduce,
+    ) -> None:
+        self.net, self.dense, self.seed, self.precision, self.reduce = net, dense, seed, precision, reduce
+        self.parameters = [parameter for parameter in net.parameters() if parameter.is_floating_point()]
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.own = _Own(calibration)
+        shuffled = torch.randperm(calibration.total, generator=torch.Generator().manual_seed(seed))
+        held_out, self.fitted = shuffled.tensor_split([max(1, calibration.total // HELD_OUT)])
+        batches = held_out.split(_batch_size(held_out, self.own.size))
+        self.held_out = [images for numbers in batches if len(images := self.own.plain(numbers))]
+        self.targets = [self._target(images) for images in self.held_out]
+        self.distance = self._distance()
+
+    def run(self, learning_rate: float, steps: int, progress: bool) -> bool:
+        """Polish from the start; whether that brought the held out images nearer."""
+        optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
+        views = _draw(self.fitted, self.own.size, self.seed)
+        for step in tqdm(range(steps), desc="Polish", unit="step", disable=not progress, leave=False):
+            if step == steps // 2 and not self._distance() <= 2 * self.distance:
+                return False
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * warmup_cosine(step, int(WARMUP * steps), steps)
+            optimizer.zero_grad(set_to_none=False)
+            self._add_gradients(next(views))
+            optimizer.step()
+        return self._distance() < self.distance
+
+    def go_back(self) -> None:
+        """The weights that it began with."""
+        with torch.no_grad():
+            for parameter, start in zip(self.parameters, self.start):
+                parameter.copy_(start)
+
+    def _add_gradients(self, views: Views) -> None:
+        if len(images := self.own.render(views)):
+            (self._errors(images, self._target(images)).sum() / len(views.numbers)).backward()
+        _sum_gradients(self.parameters, self.reduce)
+
+    def _distance(self) -> float:
+        """Sum of the held out images' errors over all processes."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.own.images.device)
+        with torch.no_grad():
+            for images, target in zip(self.held_out, self.targets):
+                total += self._errors(images, target).double().sum()
+        return float(self.reduce(total))
+
+    def _target(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(images.device, self.precision):
+            return at_least_fp32(self.dense(images))
+
+    def _errors(self, images: Tensor, target: Tensor) -> Tensor:
+        """||f_theta(v) - f_dense(v)||^2 / K of each image, [n]."""
+        with autocast(images.device, self.precision):
+            return (at_least_fp32(self.net(images)) - target).square().mean(1)
+
+
+class _Own:
+    """This process's calibration images, found by their numbers among those of all processes."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.images = torch.cat(calibration.images)
+        self.size = tuple(self.images.shape[-2:])
+        numbers = torch.cat(calibration.indices).cpu()
+        self.place = torch.full((calibration.total,), -1)
+        self.place[numbers] = torch.arange(len(numbers))
+        sizes = torch.tensor([len(batch) for batch in calibration.indices])
+        self.batch_size = sizes.repeat_interleave(sizes)
+        self.batch_start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+
+    def plain(self, numbers: Tensor) -> Tensor:
+        """Those of the images with these numbers that are this process's, as they are."""
+        place = self.place[numbers]
+        return self.images[place[place >= 0]]
+
+    def render(self, views: Views) -> Tensor:
+        """Those views that are of this process's images, [n, C, H, W].
+
+        An image is mixed with one of its own calibration batch, which is whole on one process.
+        """
+        place = self.place[views.numbers]
+        mine = place >= 0
+        place = place[mine]
+        partner = self.batch_start[place] + (views.partner[mine] * self.batch_size[place]).long()
+
+        def column(values: Tensor) -> Tensor:
+            return values[mine].view(-1, 1, 1, 1).to(self.images)
+
+        images = _moved(self.images[place], views.shifts[mine], views.mirrored[mine])
+        images = torch.lerp(images, self.images[partner], column(views.mix))
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * column(views.contrast) + mean + column(views.brightness)
+        return channels_last(images)
+
+
+def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
+    """Images [n, C, H, W] shifted by [n, 2] pixels, edges repeated, and mirrored where it says so, [n]."""
+    height, width = images.shape[-2:]
+    rows = (torch.arange(height) + shifts[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width) + shifts[:, 1:]).clamp(0, width - 1)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    which = torch.arange(len(images))[:, None, None]
+    return images.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def _batch_size(numbers: Tensor, size: tuple[int, int]) -> int:
+    return min(len(numbers), MOST_IMAGES, max(1, MOST_PIXELS // (size[0] * size[1])))
+
+
+def _draw(chosen: Tensor, size: tuple[int, int], seed: int) -> Iterator[Views]:
+    """Views without end of the images with these numbers, of each once before any comes again; the same on every process."""
+    generator = torch.Generator().manual_seed(seed)
+    count = _batch_size(chosen, size)
+    most = torch.tensor(size) // SHIFT
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        if len(left) < count:
+            left = chosen[torch.randperm(len(chosen), generator=generator)]
+        numbers, left = left[:count], left[count:]
+        mirrored, down, right, partner, mix, contrast, brightness = torch.rand(7, count, generator=generator)
+        yield Views(
+            numbers=numbers,
+            mirrored=mirrored < 0.5,
+            shifts=(torch.stack([down, right], dim=1) * (2 * most + 1)).long() - most,
+            partner=partner,
+            mix=MIX * mix,
+            contrast=1 + CONTRAST * (2 * contrast - 1),
+            brightness=BRIGHTNESS * (2 * brightness - 1),
+        )
+
+
+def _sum_gradients(parameters: list[nn.Parameter], reduce: Reduce) -> None:
+    """Gradients summed over processes, in one message."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = reduce(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    for parameter, gradient in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+@contextmanager
+def _evaluating(net: nn.Module, gradients: bool) -> Iterator[None]:
+    """The network in eval mode, with gradients for all of its weights or none; afterwards all is as it was."""
+    modes = {module: module.training for module in net.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    net.eval().requires_grad_(gradients)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, before in wanted.items():
+            parameter.requires_grad_(before).grad = None

@@ -1,0 +1,147 @@
+"""Polishing: nearer to the dense network, without labels, and the same on any number of processes."""
+
+import copy
+from dataclasses import replace
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from torch import nn
+from toys import ToyResNet, images, randomise
+
+from hf_camphive.calibration import Calibration
+from hf_camphive.polish import _moved, polish
+
+BATCH = 6
+
+
+def calibration(count: int = 24, process: int = 0, processes: int = 1) -> Calibration:
+    """Images in batches of six; batch i belongs to process i mod P."""
+    parts = [values.split(BATCH)[process::processes] for values in (images(count), torch.full((count,), -1))]
+    return Calibration(*parts, torch.arange(count).split(BATCH)[process::processes], count)
+
+
+def dense_and_damaged() -> tuple[nn.Module, nn.Module]:
+    """A network and one that lost most of what its first block does."""
+    dense = randomise(ToyResNet())
+    damaged = copy.deepcopy(dense)
+    damaged.block1.conv2.weight.data[:, 2:] = 0
+    return dense, damaged
+
+
+def distance(net: nn.Module, dense: nn.Module) -> float:
+    x = images(24)
+    with torch.no_grad():
+        return float((net(x) - dense(x)).square().mean())
+
+
+@pytest.fixture(scope="module")
+def polished() -> nn.Module:
+    dense, net = dense_and_damaged()
+    polish(net, dense, calibration(), 60)
+    return net
+
+
+def test_logits_come_nearer_without_a_label(polished):
+    dense, damaged = dense_and_damaged()
+    assert distance(polished, dense) < 0.3 * distance(damaged, dense)  # the labels are all -1
+
+
+def test_only_weights_change(polished):
+    _, damaged = dense_and_damaged()
+    before, after = dict(damaged.named_buffers()), dict(polished.named_buffers())
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+    assert not any(p.grad is not None or not p.requires_grad for p in polished.parameters())
+
+
+def test_the_state_of_both_networks_is_given_back():
+    dense, net = dense_and_damaged()
+    net.stem.requires_grad_(False)
+    net.train().block1.eval()
+    polish(net, dense.train(), calibration(), 1)
+    assert net.training and not net.block1.training and dense.training
+    assert not net.stem.weight.requires_grad and net.head.weight.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in dense.parameters())
+
+
+def test_a_network_that_is_the_dense_one_stays_as_it_is():
+    dense = randomise(ToyResNet())
+    net = copy.deepcopy(dense)
+    polish(net, dense, calibration(), 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), dense.parameters()))
+
+
+def test_the_seed_decides():
+    dense, first = dense_and_damaged()
+    second, other = copy.deepcopy(first), copy.deepcopy(first)
+    for net, seed in ((first, 1), (second, 1), (other, 2)):
+        polish(net, dense, calibration(), 30, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert not torch.equal(first.stem.weight, other.stem.weight)
+
+
+def test_no_steps_change_nothing():
+    dense, net = dense_and_damaged()
+    polish(net, dense, calibration(), 0)
+    assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
+
+
+def test_processes_end_with_the_weights_of_one():
+    """Three processes share 24 images; the last steps of an epoch may leave one of them without any."""
+    processes, steps = 3, 24
+    dense, alone = dense_and_damaged()
+    before = copy.deepcopy(alone)
+    polish(alone, dense, calibration(), steps)
+    assert not torch.equal(alone.stem.weight, before.stem.weight)
+    together = [copy.deepcopy(dense_and_damaged()[1]) for _ in range(processes)]
+    messages, barrier = [torch.empty(0)] * processes, Barrier(processes, timeout=60)
+
+    def work(process: int) -> None:
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            messages[process] = tensor
+            barrier.wait()
+            total = sum(messages)
+            barrier.wait()
+            return total
+
+        own = calibration(process=process, processes=processes)
+        polish(together[process], copy.deepcopy(dense), own, steps, reduce=reduce)
+
+    threads = [Thread(target=work, args=(process,)) for process in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for net in together:
+        for a, b in zip(net.parameters(), alone.parameters()):
+            assert torch.allclose(a, b, rtol=0, atol=1e-7)
+
+
+def test_views_are_shifted_and_mirrored_images():
+    x = images(3, size=5)
+    shifts, mirrored = torch.tensor([[0, 0], [2, -1], [-1, 1]]), torch.tensor([False, False, True])
+    found = _moved(x, shifts, mirrored)
+    for n, (down, right) in enumerate(shifts.tolist()):
+        for row in range(5):
+            for column in range(5):
+                at = (4 - column if mirrored[n] else column) + right
+                expected = x[n, :, min(max(row + down, 0), 4), min(max(at, 0), 4)]
+                assert torch.equal(found[n, :, row, column], expected)
+
+
+def test_labels_are_not_read():
+    dense, first = dense_and_damaged()
+    second, some = copy.deepcopy(first), calibration()
+    polish(first, dense, some, 20)
+    polish(second, dense, replace(some, labels=()), 20)
+    assert torch.equal(first.stem.weight, second.stem.weight)
+
+
+def test_where_steps_do_harm_the_weights_come_back():
+    """A network that is all but the dense one already: a step of the full learning rate only makes it worse."""
+    dense = randomise(ToyResNet())
+    net = copy.deepcopy(dense)
+    net.head.weight.data *= 1 + 1e-6
+    before = distance(net, dense)
+    polish(net, dense, calibration(), 20)
+    assert distance(net, dense) <= 1.5 * before
