@@ -58,7 +58,8 @@ class CampHiVeConfig:
         "bn-scale",
         "random",
     ] = _option(
-        "fisher", "How channels are scored. `hive` is CAMP-HiVe's curvature; `fisher` measures better for now."
+        "merge-aware",
+        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves and measures best.",
     )
     merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."

@@ -115,10 +115,10 @@ def test_choices(name):
         ({"temperature": 0.0}, r"temperature is 0.0; it must be positive \(4 is usual\)"),
         (
             {"calibration_size": 15},
-            "criterion 'fisher' with merge 'reconstruct' needs at least 16 images; raise it, or use magnitude, bn-scale or random with",
+            "criterion 'merge-aware' with merge 'reconstruct' needs at least 16 images; raise it, or use magnitude, bn-scale or random with",
         ),
         ({"calibration_size": 8, "criterion": "magnitude"}, "criterion 'magnitude' with merge 'reconstruct' needs"),
-        ({"calibration_size": 8, "merge": "none"}, "criterion 'fisher' with merge 'none' needs"),
+        ({"calibration_size": 8, "merge": "none"}, "criterion 'merge-aware' with merge 'none' needs"),
     ],
     ids=repr,
 )
