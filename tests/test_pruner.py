@@ -524,7 +524,9 @@ def test_a_damaged_state_is_named(killed, tmp_path):
         pruned(TWO_CYCLES, work_dir=work, resume=True)
 
 
-HIVE = replace(CONFIG, criterion="hive", merge="none", cycles=2, power_steps=6, power_tolerance=1e-12)
+HIVE = replace(
+    CONFIG, criterion="hive", merge="none", cycles=2, power_steps=6, power_tolerance=1e-12, num_eigenpairs=2
+)
 
 
 @pytest.fixture(scope="module")
