@@ -163,10 +163,14 @@ class Comparison:
                 seconds["recalibrate"] = seconds.get("recalibrate", 0.0) + time.perf_counter() - start
             pruner.net = recalibrated if rule.recalibrate else cut
         accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
+        polished = None
+        if config.polish_steps:
+            polished = images.accuracy(pruner.polish(images.calibration), self.accelerator).top1
         return Row(
             cell,
             images.dense.top1,
             *accuracies,
+            polished=polished,
             finetuned=self._finetuned(pruner, images) if config.num_train_epochs else None,
             recalibrates=rule.recalibrate,
             images=images.dense.images,

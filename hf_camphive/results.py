@@ -15,7 +15,7 @@ from typing import Any
 from .errors import OutputError
 
 SCHEMA = 1
-STEPS = ("score", "plan", "merge", "recalibrate", "finetune")  # those whose seconds the table shows
+STEPS = ("score", "plan", "merge", "recalibrate", "polish", "finetune")  # those whose seconds the table shows
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +41,8 @@ class Row:
     """What one run measured.
 
     `pruned` is the network straight after the cut, `recalibrated` the same with the BatchNorm statistics of the
-    calibration images; the merge rule says which of the two it delivers (`recalibrates`), and that one is finetuned.
+    calibration images; the merge rule says which of the two it delivers (`recalibrates`), and that one is polished and
+    finetuned, where the settings ask for it.
     """
 
     cell: Cell
@@ -59,6 +60,7 @@ class Row:
     dropped: int
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    polished: float | None = None
 
     @property
     def delivered(self) -> float:
@@ -66,7 +68,8 @@ class Row:
 
     @property
     def final(self) -> float:
-        return self.delivered if self.finetuned is None else self.finetuned
+        later = [stage for stage in (self.finetuned, self.polished) if stage is not None]
+        return later[0] if later else self.delivered
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _all_stages(summaries: Iterable[Summary]) -> str:
         stages = [summary.of(lambda row: row.pruned).percent(), summary.of(lambda row: row.recalibrated).percent()]
         delivered = 1 if summary.rows[0].recalibrates else 0
         stages[delivered] = f"**{stages[delivered]}**"
+        polished = [row.polished for row in summary.rows if row.polished is not None]
         finetuned = [row.finetuned for row in summary.rows if row.finetuned is not None]
         seconds = [summary.of(lambda row, step=step: row.seconds.get(step, 0.0)).mean for step in STEPS[:3]]
         lines.append(
@@ -203,13 +207,14 @@ def _all_stages(summaries: Iterable[Summary]) -> str:
                 f"{summary.of(lambda row: row.dense_macs / row.macs).mean:.2f}x",
                 str(len(summary.rows)),
                 *stages,
+                Spread.of(polished).percent() if polished else "",
                 Spread.of(finetuned).percent() if finetuned else "",
                 f"{summary.of(lambda row: row.parameters).mean:,.0f}",
                 " + ".join(f"{value:.1f}" for value in seconds),
             ]
         )
     header = ["method", "merge", "cycles", "calibration", "fewer MACs", "seeds"]
-    header += ["pruned", "recalibrated", "finetuned", "parameters", "seconds: score + plan + merge"]
+    header += ["pruned", "recalibrated", "polished", "finetuned", "parameters", "seconds: score + plan + merge"]
     return _table(header, lines)
 
 
