@@ -330,18 +330,21 @@ def _check_granularity(config: CampHiVeConfig) -> None:
         value = getattr(config, name)
         _require(
             value == usual[name],
-            f"{name} is {value!r}, but granularity 'weight' cuts nothing, so that it cannot matter; leave it at "
-            f"{usual[name]!r} and set sparsity, or set granularity to channel",
+            f"{name} is {value!r}, but granularity 'weight' cuts nothing, so that it cannot matter; leave it out and set "
+            "sparsity, or set granularity to channel",
         )
 
 
 def _check_types(config: CampHiVeConfig) -> None:
     for f in fields(config):
-        value = getattr(config, f.name)
-        kinds = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+        value, kind = (
+            getattr(config, f.name),
+            type(config).__annotations__[f.name],
+        )  # f.type is changed by HfArgumentParser
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if value is None and NoneType in kinds:
             continue
-        if choices := get_args(f.type) if get_origin(f.type) is Literal else ():
+        if choices := get_args(kind) if get_origin(kind) is Literal else ():
             close = get_close_matches(str(value), choices, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
             _require(value in choices, f"{f.name} is {value!r}; {hint}")

@@ -167,7 +167,7 @@ def test_zeroed_weights_are_no_smaller_network():
 def test_a_card_says_what_went_first():
     config = CampHiVeConfig(threshold="percentile").to_dict()
     assert "every group lost the same share" in card(replace(REPORT, config=config)).text
-    assert ", per MAC; " in card().text
+    assert ", per MAC saved; " in card().text
 
 
 def test_plots_are_shown_by_relative_path():

@@ -151,20 +151,20 @@ WEIGHTS = PRESETS["camphive-paper-weights"]
     [
         (
             {"granularity": "weight"},
-            "criterion 'hive-paper' with merge .* not 'fisher' .* preset camphive-paper-weights",
+            "criterion 'hive-paper' with merge .* not 'merge-aware' .* preset camphive-paper-weights",
         ),
         (WEIGHTS | {"criterion": "hap"}, "not 'hap' with 'cyclic'; start from preset camphive-paper-weights"),
         (WEIGHTS | {"merge": "reconstruct"}, "not 'hive-paper' with 'reconstruct'"),
         (
             WEIGHTS | {"target_macs": 0.4},
-            "target_macs is 0.4, but granularity 'weight' cuts nothing.*leave it at 0.5 and",
+            "target_macs is 0.4, but granularity 'weight' cuts nothing.*leave it out and",
         ),
         (WEIGHTS | {"cycles": 2}, "cycles is 2, but"),
         (WEIGHTS | {"threshold": "percentile"}, "threshold is 'percentile', but"),
         (WEIGHTS | {"scope": "all"}, "scope is 'all', but"),
         (
             WEIGHTS | {"round_to": 8},
-            "round_to is 8, but .* leave it at 1 and set sparsity, or set granularity to channel",
+            "round_to is 8, but .* leave it out and set sparsity, or set granularity to channel",
         ),
         (WEIGHTS | {"min_channels": 2}, "min_channels is 2, but"),
         (WEIGHTS | {"sparsity": 1}, "sparsity is 1; it is a share between 0 and 1, such as 0.5"),

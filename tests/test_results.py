@@ -92,7 +92,7 @@ def test_the_markdown_says_who_is_best_and_what_it_cost():
     assert "| `hive` | `none` | 1 | 64 | **80.00** | 30.00 |" in text
     assert "| `fisher` | `none` | 1 | 64 | 65.00 ± 7.07 | **40.00** |" in text
     assert text.index("`fisher`") < text.index("`hive`")  # ahead at the largest ratio
-    stages = "50.00 ± 0.00 | **65.00 ± 7.07** |  | 70 | 2.0 + 0.5 + 4.0 |"
+    stages = "50.00 ± 0.00 | **65.00 ± 7.07** |  |  | 70 | 2.0 + 0.5 + 4.0 |"
     assert f"| `fisher` | `none` | 1 | 64 | 2.00x | 2 | {stages}" in text
     assert "| `hive` | `none` | 1 | 64 | 2.00x | 1 | **80.00** | 60.00 |" in text
     assert "on 400 images of 'test'; dense 90.00" in text and "at least 1.5 points" in text
