@@ -103,7 +103,8 @@ class CampHiVeConfig:
     curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
     polish_steps: int = _option(
-        0, "Gradient steps towards the dense network's logits on calibration images after the cut, without labels."
+        100,
+        "Gradient steps towards the dense network's logits on calibration images after the cut, without labels; 0 skips them.",
     )
 
     # Finetuning

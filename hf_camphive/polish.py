@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -60,9 +61,9 @@ def polish(
     min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
     is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
     network there is the dense network's answer, whatever it is). Both networks are in eval mode.
-    One calibration image in eight is held out, and looked at as it is: where the distance has doubled half-way, or is no
-    less at the end than at the start, the weights come back and a lower learning rate is tried; after the lowest they stay
-    as they were.
+    One calibration image in eight is held out, and looked at as it is: where KL(dense || net) has doubled half-way, or is
+    no less at the end than at the start, the weights come back and a lower learning rate is tried; after the lowest they
+    stay as they were.
     On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
     weights, which are those of one process up to rounding.
     """
@@ -97,21 +98,21 @@ class _Descent:
         batches = held_out.split(_batch_size(held_out, self.own.size))
         self.held_out = [images for numbers in batches if len(images := self.own.plain(numbers))]
         self.targets = [self._target(images) for images in self.held_out]
-        self.distance = self._distance()
+        self.divergence = self._divergence()
 
     def run(self, learning_rate: float, steps: int, progress: bool) -> bool:
         """Polish from the start; whether that brought the held out images nearer."""
         optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
         views = _draw(self.fitted, self.own.size, self.seed)
         for step in tqdm(range(steps), desc="Polish", unit="step", disable=not progress, leave=False):
-            if step == steps // 2 and not self._distance() <= 2 * self.distance:
+            if step == steps // 2 and not self._divergence() <= 2 * self.divergence:
                 return False
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * warmup_cosine(step, int(WARMUP * steps), steps)
             optimizer.zero_grad(set_to_none=False)
             self._add_gradients(next(views))
             optimizer.step()
-        return self._distance() < self.distance
+        return self._divergence() < self.divergence
 
     def go_back(self) -> None:
         """The weights that it began with."""
@@ -121,25 +122,26 @@ class _Descent:
 
     def _add_gradients(self, views: Views) -> None:
         if len(images := self.own.render(views)):
-            (self._errors(images, self._target(images)).sum() / len(views.numbers)).backward()
+            errors = (self._logits(images) - self._target(images)).square().mean(1)
+            (errors.sum() / len(views.numbers)).backward()
         _sum_gradients(self.parameters, self.reduce)
 
-    def _distance(self) -> float:
-        """Sum of the held out images' errors over all processes."""
+    def _divergence(self) -> float:
+        """KL(dense || net), summed over the held out images of all processes."""
         total = torch.zeros(1, dtype=torch.float64, device=self.own.images.device)
         with torch.no_grad():
             for images, target in zip(self.held_out, self.targets):
-                total += self._errors(images, target).double().sum()
+                given, found = target.double().log_softmax(1), self._logits(images).double().log_softmax(1)
+                total += F.kl_div(found, given, reduction="sum", log_target=True)
         return float(self.reduce(total))
 
     def _target(self, images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(images.device, self.precision):
             return at_least_fp32(self.dense(images))
 
-    def _errors(self, images: Tensor, target: Tensor) -> Tensor:
-        """||f_theta(v) - f_dense(v)||^2 / K of each image, [n]."""
+    def _logits(self, images: Tensor) -> Tensor:
         with autocast(images.device, self.precision):
-            return (at_least_fp32(self.net(images)) - target).square().mean(1)
+            return at_least_fp32(self.net(images))
 
 
 class _Own:
