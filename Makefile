@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 DATA ?= ../shared/data
 
-.PHONY: help demo test lint format test-slow test-realdata benchmark clean
+.PHONY: help demo test lint format test-slow test-realdata benchmark zoo clean
 
 help:
 	@echo "make demo           prune the bundled network on handwritten digits (under 3 minutes after install)"
@@ -14,6 +14,7 @@ help:
 	@echo "make format         mend style"
 	@echo "make test-slow      tests that take minutes"
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
+	@echo "make zoo            cut every network of tests/zoo.txt, here and with torch-pruning; resumable, hours"
 	@echo "make benchmark      every method on real data, torch-pruning's too (DATA=$(DATA)); hours, resumable"
 
 $(VENV)/.base: pyproject.toml
@@ -49,6 +50,10 @@ test-realdata: $(VENV)/.test
 benchmark: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/compare.py --data $(DATA)
+
+zoo: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch-pruning==1.6.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

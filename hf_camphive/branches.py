@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from .graph import Graph, block_modules, module_of, modules_of, operation
+from .handlers import ELEMENTWISE
 from .plan import Branch, ChannelGroup
-from .tracing import ELEMENTWISE, Trace
+from .tracing import Trace
 
 _LINEAR = ("conv2d", "linear")
 

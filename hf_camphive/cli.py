@@ -208,28 +208,34 @@ def inspect(arguments: Sequence[str]) -> None:
     """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why."""
     (model,) = _parse("inspect", arguments, ModelArguments)
 
+    import torch
+
     from .branches import droppable_branches, exterior_groups
     from .graph import named_tensors
     from .report import format_count
+    from .surgery import check_groups
     from .tracing import trace_network
 
     base = _load(model)
     trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
+    trace = check_groups(base.net, trace, torch.Generator().manual_seed(0))
     sizes = {name: tensor.numel() for name, tensor in named_tensors(base.net).items()}
     macs = {name: count * sizes[name] for name, count in trace.positions.items()}
     parameters = {name: p.numel() for name, p in base.net.named_parameters()}
     exterior = exterior_groups(trace)
-    rows = [("group", "channels", "MACs", "parameters", "")]
+    widest = max(group.size for group in trace.groups)
+    rows = [("group", "channels", "MACs", "parameters", "width")]
     for group in trace.groups:
         touched = {slot.tensor for slot in group.slots}
         remark = f"frozen: {group.frozen}" if group.frozen else "between blocks" if group.name in exterior else ""
+        bar = ("░" if group.frozen else "█") * max(1, round(16 * group.size / widest))
         rows.append(
             (
                 group.name,
                 str(group.size),
                 f"{sum(macs.get(name, 0) for name in touched) / sum(macs.values()):.1%}",
                 f"{sum(parameters.get(name, 0) for name in touched) / sum(parameters.values()):.1%}",
-                remark,
+                f"{bar:<16}  {remark}",
             )
         )
     print(f"{base.architecture}: {len(trace.groups)} groups, input {'x'.join(map(str, trace.input_size))}")

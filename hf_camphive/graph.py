@@ -1,18 +1,21 @@
 """A network as a flat, functional list of tensor operations (`torch.export`), which can be run node by node.
 
 Tracing reads it to couple channels; merging runs it on the dense and the masked weights side by side.
-Knows no operation by name and touches no weight.
+Touches no weight, and knows by name only the norms whose statistics run over channels (`norms`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
+from . import norms
 from .errors import ModelError
 
+aten = torch.ops.aten
+GONE = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm
 Values = dict[fx.Node, object]
 
 
@@ -21,7 +24,8 @@ class Graph:
     """Operations of a network in execution order.
 
     `tensors` maps the placeholders of parameters and buffers to their names in the network, `image` is the input
-    [N, C, H, W], `logits` the value that the network returns.
+    [N, C, H, W], `logits` the value that the network returns. `constants` are the values that the network itself holds,
+    and for its norms "<weight>#gone", empty, which a state may replace.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -36,7 +40,10 @@ class Graph:
 
     def bind(self, state: Mapping[str, Tensor]) -> Values:
         """Values of all placeholders but the image, from a full state (`named_tensors`)."""
-        return {node: state[name] for node, name in self.tensors.items()} | dict(self.constants)
+        given = {
+            node: state[name] for node, name in self.tensors.items() if name in state or node not in self.constants
+        }
+        return dict(self.constants) | given
 
     def run(self, state: Mapping[str, Tensor], image: Tensor, wanted: Iterable[fx.Node] | None = None) -> list[Tensor]:
         """Run the network with these weights on `image` [N, C, H, W]; returns the wanted nodes' values (logits)."""
@@ -94,14 +101,80 @@ def _functional(program: torch.export.ExportedProgram) -> Graph:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             node.target = _out_of_place(node.target)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    held = {**program.state_dict, **program.constants}
+    removals = _open_norms(
+        graph, placeholders[0], {node: names[node.name] for node in placeholders if node.name in names}
+    )
     (output,) = [node for node in graph.nodes if node.op == "output"]
     return Graph(
         nodes=tuple(graph.nodes),
-        tensors={node: names[node.name] for node in placeholders if node.name in names},
-        constants={node: program.constants[constants[node.name]] for node in placeholders if node.name in constants},
+        tensors={node: names[node.name] for node in placeholders if node.name in names}
+        | {node: name for node, (name, _) in removals.items()},
+        constants={node: program.constants[constants[node.name]] for node in placeholders if node.name in constants}
+        | {node: none for node, (_, none) in removals.items()}
+        | {node: held[names[node.name]] for node in placeholders if _is_index(held.get(names.get(node.name)))},
         image=next(node for node in placeholders if node.name not in names and node.name not in constants),
         logits=output.args[0][0],
     )
+
+
+def _is_index(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_floating_point()
+
+
+def _open_norms(graph: fx.Graph, first: fx.Node, tensors: Mapping[fx.Node, str]) -> dict[fx.Node, tuple[str, Tensor]]:
+    """Let every norm over channels leave some out; returns the placeholders that say which, with name and value."""
+    found: dict[fx.Node, tuple[str, Tensor]] = {}
+    by_name: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or (norm := _norm_over_channels(node)) is None:
+            continue
+        open_norm, weight, extra = norm
+        name = f"{tensors.get(weight) or f'{module_of(node)}.{node.name}'}{GONE}"
+        if name not in by_name:
+            none = torch.empty(0, dtype=torch.long, device=node.meta["val"].device)
+            with graph.inserting_before(first):
+                by_name[name] = graph.placeholder(name.replace(".", "_").replace("#", "_"))
+            by_name[name].meta["val"] = none
+            found[by_name[name]] = (name, none)
+        node.target, node.kwargs = open_norm, {**node.kwargs, **extra, "gone": by_name[name]}
+    return found
+
+
+def _norm_over_channels(node: fx.Node) -> tuple[Callable, fx.Node | None, dict[str, int]] | None:
+    """The operation that can leave channels out of a norm's statistics, the tensor to name it by, more arguments."""
+    kind = operation(node)
+    weight = node.args[2] if len(node.args) > 2 else None
+    if kind in ("layer_norm", "rms_norm") and len(node.args[1]) == 1:
+        return getattr(norms, kind), weight, {}
+    if kind == "group_norm" and node.args[1] == 1:
+        return norms.group_norm, weight, {}
+    source = standardised(node)
+    if source is not None and (inputs := source.meta["val"].shape[1]) > 1:
+        return norms.standardised_weight, source, {"inputs": inputs}
+    return None
+
+
+def standardised(node: object) -> fx.Node | None:
+    """The weight [C_out, C_in, ...] that a node standardises row by row (batch_norm of [1, C_out, -1]); None elsewhere."""
+    if not isinstance(node, fx.Node) or operation(node) not in ("batch_norm", "standardised_weight"):
+        return None
+    rows, statistics, training = node.args[0], node.args[3:5], node.args[5]
+    if operation(rows) not in ("view", "reshape") or statistics != (None, None) or not training:
+        return None
+    weight, shape = rows.args[0], rows.meta["val"].shape
+    if weight.op != "placeholder" or list(shape[:2]) != [1, weight.meta["val"].shape[0]]:
+        return None
+    return weight
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The tensor that a convolution's or linear layer's weight is, or is the standardised form of; None elsewhere."""
+    weight = node.args[1] if operation(node) in ("conv2d", "linear") else None
+    if isinstance(weight, fx.Node) and operation(weight) in ("view", "reshape", "reshape_as"):
+        source = standardised(weight.args[0])
+        return source if source is not None and source.meta["val"].shape == weight.meta["val"].shape else None
+    return weight if isinstance(weight, fx.Node) and weight.op == "placeholder" else None
 
 
 def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:

@@ -24,6 +24,7 @@ __all__ = [
     "CampHiVeTimmConfig",
     "ImplantedConv2d",
     "Shortcut",
+    "attributes_of",
     "resize",
     "shortcuts_of",
     "widths_of",
@@ -33,7 +34,9 @@ MODEL_TYPE = "camphive_timm"
 ARCHITECTURE = "camphive"
 Widths = Mapping[str, Sequence[int]]
 Shortcuts = Mapping[str, Mapping[str, Sequence[str]]]
-_SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+Attributes = Mapping[str, Mapping[str, int | Sequence[int]]]
+_SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+_ATTRIBUTES = "camphive_attributes"
 # What a saved pretrained_cfg leaves out: where the dense weights came from, and what config.json says elsewhere.
 _NOT_SAVED = {
     *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
@@ -108,14 +111,24 @@ class ImplantedConv2d(nn.Conv2d):
 
 
 def widths_of(net: nn.Module) -> dict[str, list[int]]:
-    """Weight shape of every convolution, linear layer, BatchNorm and `Shortcut` (its constant), by module name."""
+    """Weight shape of every convolution, linear layer, norm and `Shortcut` (its constant), by module name.
+
+    Tensors of other modules (layer scales, tables of positions) stand under their own names.
+    """
     widths = {}
     for name, module in net.named_modules():
         if isinstance(module, Shortcut):
             widths[name] = list(module.constant.shape)
         elif isinstance(module, _SIZED):
             widths[name] = _shape(module)
+        else:
+            widths |= {f"{name}.{key}".lstrip("."): list(tensor.shape) for key, tensor in _loose(module)}
     return widths
+
+
+def attributes_of(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """Numbers that modules hold besides their tensors and that `resize` has changed, by module name."""
+    return {name: dict(values) for name, values in getattr(net, _ATTRIBUTES, {}).items()}
 
 
 def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
@@ -127,11 +140,11 @@ def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
+def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Attributes | None = None) -> None:
     """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
 
     A resized tensor holds the leading corner of the old one and zeros beyond it: load the weights next. Layers that
-    are not named stay as they are. The widths that timm networks tell about themselves (num_features,
+    are not named stay as they are. `attributes` are numbers that modules hold besides (num_heads). The widths that timm networks tell about themselves (num_features,
     head_hidden_size, feature_info) are brought up to date by one forward pass on the meta device.
 
     A convolution becomes an `ImplantedConv2d` where the widths name its `reads` or `makes`.
@@ -148,8 +161,24 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
         else:
             net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
     _implant(net, widths)
+    tied = _tied(net)
     for name, shape in widths.items():
-        _resize_module(name, _module(net, name), list(shape))
+        owner, _, key = name.rpartition(".")
+        if key in dict(_loose(_module(net, owner))):
+            _resize_tensor(name, _module(net, owner), key, list(shape))
+        else:
+            _resize_module(name, _module(net, name), list(shape))
+    for first, *others in tied:
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            setattr(_module(net, owner), key, net.get_parameter(first))
+    changed = attributes_of(net)
+    for name, values in (attributes or {}).items():
+        for key, value in values.items():
+            _set_number(name, _module(net, name), key, value)
+        changed[name] = changed.get(name, {}) | dict(values)
+    if changed:
+        setattr(net, _ATTRIBUTES, changed)
     if hasattr(net, "forward_features"):
         _update_features(net)
 
@@ -160,9 +189,10 @@ def camphive(
     base: str,
     widths: Widths | None = None,
     shortcuts: Shortcuts | None = None,
+    attributes: Attributes | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Entry point of timm: the architecture `base` with these widths and shortcuts.
+    """Entry point of timm: the architecture `base` with these widths, shortcuts and attributes.
 
     `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture. Raises ValueError
     where the widths do not fit `base`, or timm does not know it.
@@ -175,7 +205,7 @@ def camphive(
     kwargs.pop("pretrained_model_args", None)
     net = timm.create_model(base, pretrained=False, **kwargs)
     net.pretrained_cfg["architecture"] = ARCHITECTURE
-    resize(net, _with_ends_of(net, widths or {}), shortcuts or {})
+    resize(net, _with_ends_of(net, widths or {}), shortcuts or {}, attributes)
     if pretrained:
         load_pretrained(
             net, net.pretrained_cfg, num_classes=net.num_classes, in_chans=_input_channels(net), cache_dir=cache_dir
@@ -216,10 +246,11 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
         pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
         pretrained_cfg["input_size"] = [_input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
+        shape = {"widths": widths_of(net), "shortcuts": shortcuts_of(net), "attributes": attributes_of(net)}
         config = cls.config_class(
             num_labels=net.num_classes,
             num_features=net.num_features,
-            model_args={**args, "base": base, "widths": widths_of(net), "shortcuts": shortcuts_of(net)},
+            model_args={**args, "base": base, **shape},
             pretrained_cfg=pretrained_cfg,
             image_processor_type="TimmWrapperImageProcessor",
             **config,
@@ -242,8 +273,45 @@ def _portable(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape(module: nn.Module) -> list[int]:
-    weight = module.weight
-    return [module.num_features] if weight is None else list(weight.shape)  # BatchNorm without affine parameters
+    if module.weight is not None:
+        return list(module.weight.shape)
+    if isinstance(module, nn.LayerNorm):  # norms without affine parameters
+        return list(module.normalized_shape)
+    return [module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features]
+
+
+def _loose(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Tensors of a module that is neither a `Shortcut` nor of a kind that has a width."""
+    if isinstance(module, (Shortcut, *_SIZED)):
+        return []
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [(key, tensor) for key, tensor in tensors if tensor.ndim and tensor.is_floating_point()]
+
+
+def _tied(net: nn.Module) -> list[list[str]]:
+    """Names of the parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _resize_tensor(name: str, module: nn.Module, key: str, shape: list[int]) -> None:
+    old = list(getattr(module, key).shape)
+    if len(shape) != len(old):
+        raise ValueError(f"{name}: shape {old} cannot become {shape}")
+    if shape != old:
+        setattr(module, key, _resized(getattr(module, key), shape))
+
+
+def _set_number(name: str, module: nn.Module, key: str, value: Any) -> None:
+    old = vars(module).get(key)
+    if isinstance(value, int) and isinstance(old, int):
+        setattr(module, key, value)
+    elif isinstance(old, (list, tuple)) and not isinstance(value, int) and len(old) == len(value):
+        setattr(module, key, type(old)(value))
+    else:
+        raise ValueError(f"{name} ({type(module).__name__}) holds {key}={old!r}, which cannot become {value!r}")
 
 
 def _module(net: nn.Module, name: str) -> nn.Module:
@@ -275,7 +343,7 @@ def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
         return
     if not isinstance(module, _SIZED):
         raise ValueError(
-            f"{name} is a {type(module).__name__}; only convolutions, linear layers and BatchNorm have widths"
+            f"{name} is a {type(module).__name__}; only convolutions, linear layers and norms have widths"
         )
     old = _shape(module)
     if shape == old:
@@ -287,6 +355,11 @@ def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
         module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = _norm_groups(name, module, shape[0])
+        module.num_channels = shape[0]
     else:
         module.num_features = shape[0]
     # Whatever else a layer holds per output channel (bias, gain, running statistics) follows the weight's first axis.
@@ -311,11 +384,24 @@ def _groups(name: str, conv: nn.Conv2d, shape: list[int]) -> int:
     return groups
 
 
+def _norm_groups(name: str, norm: nn.GroupNorm, channels: int) -> int:
+    """Groups of a GroupNorm with so many channels: each keeps its size, unless there is only one."""
+    if norm.num_groups == 1:
+        return 1
+    size = norm.num_channels // norm.num_groups
+    if channels % size:
+        raise ValueError(f"{name}: {channels} channels cannot be split into its norm groups of {size}")
+    return channels // size
+
+
 def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     new = tensor.detach().new_zeros(shape)
     corner = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
     new[corner] = tensor.detach()[corner]
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+_UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def _update_features(net: nn.Module) -> None:
@@ -339,8 +425,10 @@ def _update_features(net: nn.Module) -> None:
             features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=tensors[0].dtype))
             hidden = twin.forward_head(features, pre_logits=True)
             twin.forward_head(features)
-    except RuntimeError as error:
+    except _UNFIT as error:
         raise ValueError(f"{type(net).__name__} does not run with these widths: {error}") from error
+    if getattr(net, "embed_dim", None) == net.num_features:
+        net.embed_dim = channels(features)
     net.num_features = channels(features)
     if hasattr(net, "head_hidden_size"):
         net.head_hidden_size = channels(hidden)

@@ -141,7 +141,7 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel
         )
     args = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
     architecture = args.pop("base") if pruned else config["architecture"]
-    for name in ("widths", "shortcuts") if pruned else ():
+    for name in ("widths", "shortcuts", "attributes") if pruned else ():
         args.pop(name, None)
     labels = _label_names(net, config)
     # Where the files lie on this machine is nobody's business later on.

@@ -14,12 +14,14 @@ from .errors import PlanError
 
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1
-Role = Literal["producer", "affine", "consumer"]
+Role = Literal["producer", "affine", "consumer", "statistics"]
 
 
 @dataclass(frozen=True)
 class Slot:
     """One axis of one tensor that carries a group's channels.
+
+    Role "statistics": "<weight>#gone", the channels that do not count in a norm's statistics; no real tensor.
 
     `index` lists positions along the axis, channel by channel: channel c of a group of C channels sits at
     `index[c * r : (c + 1) * r]` with r = len(index) / C (r > 1 after a flatten, or in tied convolution groups).

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import hub
 from .branches import droppable_branches, exterior_groups
@@ -575,6 +576,12 @@ def _as_base(model: BaseModel | nn.Module | str) -> BaseModel:
         return model
     if isinstance(model, str):
         return load_base(model)
+    model = getattr(model, "timm_model", model)  # transformers' wrapper of timm networks
+    if isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is written by transformers itself, which builds it from one width for all layers, so "
+            "that it could not be read back at others; give the same network from timm"
+        )
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(model, nn.Module) or not config or not config.get("architecture"):
         raise ModelError(

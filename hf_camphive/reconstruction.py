@@ -145,7 +145,8 @@ class _Twins:
     def _find_fits(self, plan: PrunePlan) -> None:
         """Every layer whose weight or input the plan changes is fitted, unless nothing reads it or it is used twice."""
         keep = plan.keep
-        cut = {s.tensor for group in plan.groups for s in group.consumers() if len(keep[group.name]) < group.size}
+        shrunk = [group for group in plan.groups if len(keep[group.name]) < group.size]
+        cut = {s.tensor for group in shrunk for s in group.slots if s.role in ("consumer", "statistics")}
         cut |= {slot.tensor for slot, _ in implanted_slots(plan)}
         emptied = {
             s.tensor for group in plan.groups for s in group.slots if s.role != "consumer" and not keep[group.name]

@@ -4,6 +4,7 @@ The two must compute the same function; `apply_plan` checks that on every networ
 """
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from .errors import PlanError
 from .graph import named_tensors
 from .implants import implanted_slots, split_off_implants, with_centres
 from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
-from .plan import Branch, ChannelGroup, PrunePlan, Slot
+from .plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
 from .tracing import Trace
 
 State = dict[str, Tensor]
@@ -26,17 +27,25 @@ def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
     """The plan at full width: consumers read zero from every removed channel, everything else stays.
 
     W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]; the kernels [kH, kW] that make or read an
-    implanted channel lose all but their centre. `state` is `named_tensors(net)`.
+    implanted channel lose all but their centre. Norms whose statistics run over channels take them over the kept ones
+    (`norms`). `state` is `named_tensors(net)`.
     """
     masked = dict(state)
     for slot, removed in _removed(plan):
-        if slot.role == "consumer":
-            weight = masked[slot.tensor].clone()
-            weight.index_fill_(slot.axis, torch.tensor(removed, device=weight.device), 0)
-            masked[slot.tensor] = weight
+        _mask(masked, slot, removed)
     for slot, positions in implanted_slots(plan):
         masked[slot.tensor] = with_centres(masked[slot.tensor], slot.axis, positions)
     return masked
+
+
+def _mask(masked: State, slot: Slot, removed: list[int]) -> None:
+    if slot.role == "consumer":
+        weight = masked[slot.tensor].clone()
+        weight.index_fill_(slot.axis, torch.tensor(removed, device=weight.device), 0)
+        masked[slot.tensor] = weight
+    elif slot.role == "statistics":
+        before = masked.get(slot.tensor, torch.empty(0, dtype=torch.long))
+        masked[slot.tensor] = torch.cat([before.cpu(), torch.tensor(removed, dtype=torch.long)]).unique()
 
 
 def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -51,28 +60,67 @@ def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str
     _check_fits(state, plan)
     state = mask_state(state, plan)
     constants = _branch_constants(trace, plan, state)
-    small = _shrunk(net, plan, state, constants)
+    small = _shrunk(net, plan, trace, state, constants)
     _check_same_function(trace, plan, state, small)
     return small
 
 
 def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Trace:
-    """Guard every group by experiment; a group that fails is frozen with the reason.
+    """Guard every group by two experiments; a group that fails one is frozen with the reason.
 
     Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's wherever it is read, and
-    r is filled with nonsense: the output must not move. Two passes in float64 on randomised BatchNorm and biases for all groups at once;
-    only on failure is each group tried alone.
+    r is filled with nonsense: the output must not move. (Where norms take their statistics over channels, r is masked
+    instead of merged.) One pass each in float64 on randomised BatchNorm and biases for all groups at once; only on failure is
+    each group tried alone. Then random channels of all groups are cut at once: the network's own code must go along.
     """
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     state = _randomised(net, generator)
-    image = torch.randn(2, *trace.input_size, generator=generator, dtype=torch.float64)
+    image = torch.randn(1, *trace.input_size, generator=generator, dtype=torch.float64)
     image = image.to(next(net.parameters()).device)
-    if _merge_is_lossless(trace, free, state, image, generator):
-        return trace
-    bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
-    reason = "merging two equal channels moved the output: its coupling is not understood"
-    groups = tuple(replace(group, frozen=reason) if group.name in bad else group for group in trace.groups)
-    return replace(trace, groups=groups)
+    if not _merge_is_lossless(trace, free, state, image, generator):
+        bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
+        trace = _frozen(
+            trace, dict.fromkeys(bad, "merging two equal channels moved the output: its coupling is not understood")
+        )
+    free = [group for group in trace.groups if not group.frozen and group.size > 1]
+    faults: dict[str, str] = {}
+    _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in free}, faults)
+    return _frozen(trace, faults)
+
+
+def _frozen(trace: Trace, reasons: Mapping[str, str]) -> Trace:
+    groups = (replace(g, frozen=reasons[g.name]) if g.name in reasons else g for g in trace.groups)
+    return replace(trace, groups=tuple(groups))
+
+
+def _some_channels(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
+    count = int(torch.randint(1, group.size, (1,), generator=generator))
+    return tuple(sorted(torch.randperm(group.size, generator=generator)[:count].tolist()))
+
+
+Keep = dict[str, tuple[int, ...]]
+
+
+def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict[str, str]) -> Keep:
+    """Those of the cuts `more` that the network's own code goes along with beside the cuts `base`; notes why others not."""
+    if not more:
+        return {}
+    cuts = tuple(ChannelCut(name, keep) for name, keep in (base | more).items())
+    try:
+        apply_plan(net, PrunePlan(trace.groups, (), cuts, (), "random", "none", 2, 1), trace)
+        return more
+    except Exception as error:  # the network's own code may raise anything
+        if len(more) == 1:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            faults[next(iter(more))] = (
+                f"the network does not run, or computes something else, once it is cut: {reason}"
+            )
+            return {}
+    names = list(more)
+    half = len(names) // 2
+    first = _cuttable(net, trace, base, {name: more[name] for name in names[:half]}, faults)
+    second = _cuttable(net, trace, base | first, {name: more[name] for name in names[half:]}, faults)
+    return first | second
 
 
 # Which positions go
@@ -93,6 +141,8 @@ def _removed(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
 def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
     for group in plan.groups:
         for slot in group.slots:
+            if slot.role == "statistics":
+                continue
             tensor = state.get(slot.tensor)
             if tensor is None or tensor.dim() <= slot.axis or tensor.shape[slot.axis] <= max(slot.index):
                 found = "absent" if tensor is None else f"of shape {list(tensor.shape)}"
@@ -105,11 +155,16 @@ def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
 # Cutting
 
 
-def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[str, Tensor]) -> nn.Module:
+def _shrunk(net: nn.Module, plan: PrunePlan, trace: Trace, state: State, constants: Mapping[str, Tensor]) -> nn.Module:
     branches = {branch.module: branch for branch in plan.branches}
-    cut = dict(state)
-    for (name, axis), positions in _remaining(plan, state).items():
-        cut[name] = cut[name].index_select(axis, torch.tensor(positions, dtype=torch.long, device=cut[name].device))
+    remaining = _remaining(plan, state)
+    cut: State = {}
+    for name, traced in _names_in_graph(net, trace).items():
+        tensor = state[traced]
+        for axis in range(tensor.dim()):
+            if (positions := remaining.get((traced, axis))) is not None:
+                tensor = tensor.index_select(axis, torch.tensor(positions, dtype=torch.long, device=tensor.device))
+        cut[name] = tensor
     for module in plan.dropped:
         for name in [name for name in cut if _vanishes(name, branches[module])]:
             del cut[name]
@@ -118,7 +173,7 @@ def _shrunk(net: nn.Module, plan: PrunePlan, state: State, constants: Mapping[st
     shortcuts = shortcuts_of(net)
     for module in plan.dropped:
         shortcuts[module] = {"shortcut": list(branches[module].shortcut), "after": list(branches[module].after)}
-    return rebuilt(net, split_off_implants(cut, plan), shortcuts)
+    return rebuilt(net, split_off_implants(cut, plan), shortcuts, _changed_numbers(net, trace, plan))
 
 
 def _remaining(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[tuple[str, int], list[int]]:
@@ -138,19 +193,24 @@ def _remaining(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[tuple[str, 
     }
 
 
-def rebuilt(net: nn.Module, tensors: Mapping[str, Tensor], shortcuts: Shortcuts) -> nn.Module:
+def rebuilt(
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    shortcuts: Shortcuts,
+    numbers: Mapping[str, Mapping[str, int | list[int]]] | None = None,
+) -> nn.Module:
     """A copy of the network whose layers have the widths of these tensors, and hold them.
 
-    `shortcuts` names the blocks that are shortcuts in the copy. Raises `PlanError` where the two do not fit.
+    `shortcuts` names the blocks that are shortcuts in the copy, `numbers` what its modules count otherwise. Raises `PlanError` where the two do not fit.
     """
     copied = copy.deepcopy(net)
     widths = {}
     implants = [name.removesuffix(".weight") for name in tensors if name.endswith((".reads.weight", ".makes.weight"))]
     for name in dict.fromkeys([*widths_of(net), *shortcuts, *implants]):
-        weight = tensors.get(f"{name}.constant", tensors.get(f"{name}.weight"))
-        if weight is not None:
-            widths[name] = list(weight.shape)
-    resize(copied, widths, shortcuts)
+        held = next((tensors[key] for key in (f"{name}.constant", f"{name}.weight", name) if key in tensors), None)
+        if held is not None:
+            widths[name] = list(held.shape)
+    resize(copied, widths, shortcuts, numbers)
     if _is_channels_last(net):
         copied = copied.to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -165,6 +225,52 @@ def rebuilt(net: nn.Module, tensors: Mapping[str, Tensor], shortcuts: Shortcuts)
                 )
             tensor.copy_(tensors[name])
     return copied
+
+
+def _names_in_graph(net: nn.Module, trace: Trace) -> dict[str, str]:
+    """The name under which the graph knows each tensor of the network; a tensor with several names has one there."""
+    used = {name for node, name in trace.graph.tensors.items() if node.users}
+    names: dict[int, str] = {}
+    for name, tensor in named_tensors(net).items():
+        if name in used or id(tensor) not in names:
+            names[id(tensor)] = name
+    return {name: names[id(tensor)] for name, tensor in named_tensors(net).items()}
+
+
+def _changed_numbers(net: nn.Module, trace: Trace, plan: PrunePlan) -> dict[str, dict[str, int | list[int]]]:
+    """Numbers that modules hold and that count channels (num_heads, the widths of a split), after the cut.
+
+    Known are the numbers of channels that the operations of each module work with, and what they become; an attribute of
+    that module with the same value is where they come from, or tells of them (then its name says so). `check_groups` and
+    `apply_plan` prove it.
+    """
+    found: dict[str, dict[str, dict[int, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
+    for count in trace.counts:
+        found[count.module][count.kind][count.number].add(count.after(plan.keep))
+    sized = widths_of(net)
+    changed: dict[str, dict[str, int | list[int]]] = {}
+    for name, module in net.named_modules():
+        if name not in found or name in sized:
+            continue
+        written, inputs, sizes = (_unambiguous(found[name][kind]) for kind in ("written", "input", "size"))
+        for key, value in vars(module).items():
+            new = written
+            if _NAMES_OF_WIDTHS.search(key):
+                new = sizes | inputs | written if key.startswith("in") else inputs | sizes | written
+            if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+                if (after := [new.get(v, v) for v in value]) != list(value):
+                    changed.setdefault(name, {})[key] = after
+            elif type(value) is int and new.get(value, value) != value and key != "num_classes":
+                changed.setdefault(name, {})[key] = new[value]
+    return changed
+
+
+def _unambiguous(numbers: Mapping[int, set[int]]) -> dict[int, int]:
+    """What numbers become, where they become one other; one that stays here may still change there (3 heads, 3 parts)."""
+    return {old: min(after - {old}) for old, after in numbers.items() if len(after - {old}) == 1}
+
+
+_NAMES_OF_WIDTHS = re.compile("channel|chs|dim|width|features|heads|planes|filters")
 
 
 def _is_channels_last(net: nn.Module) -> bool:
@@ -248,13 +354,17 @@ def _merge_is_lossless(
 ) -> bool:
     state = dict(state)
     pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
-    for slot, kept, removed in _pair_slots(groups, pairs, image.device, "producer", "affine"):
+    linear = [group for group in groups if all(slot.role != "statistics" for slot in group.slots)]
+    for slot, kept, removed in _pair_slots(linear, pairs, image.device, "producer", "affine"):
         tensor = state[slot.tensor].clone()
         tensor.index_copy_(slot.axis, removed, tensor.index_select(slot.axis, kept))
         state[slot.tensor] = tensor
+    for group in groups:
+        for slot in group.slots if group not in linear else ():
+            _mask(state, slot, slot.positions([pairs[group.name][1]], group.size))
     with torch.no_grad():
         (before,) = trace.graph.run(state, image)
-        for slot, kept, removed in _pair_slots(groups, pairs, image.device, "consumer"):
+        for slot, kept, removed in _pair_slots(linear, pairs, image.device, "consumer"):
             tensor = state[slot.tensor].clone()
             tensor.index_add_(slot.axis, kept, tensor.index_select(slot.axis, removed))
             tensor.index_fill_(slot.axis, removed, 0)

@@ -424,6 +424,8 @@ def test_inspect_tells_the_truth(capsys):
         first = weight.numel() + net.get_parameter(f"{name[:-1]}2.weight").numel()
         assert rows[name][2] == f"{area * first / macs:.1%}"
     assert "frozen: output of the network" in told
+    bars = {name: row[4].count("█") for name, row in rows.items() if len(row) > 4}
+    assert bars["layer3.2.conv1"] == 16 and bars["layer1.0.conv1"] == 16 * int(rows["layer1.0.conv1"][1]) // 64
     assert re.search("dropped whole: layer1.0, layer1.1, layer1.2", told)
 
 

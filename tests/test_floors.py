@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_camphive"
 FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
-    1: ["graph", "limits", "planning", "calibration"],
+    1: ["norms", "graph", "limits", "planning", "calibration"],
     2: [
-        *("tracing", "branches", "implants", "surgery", "expansion"),
+        *("labels", "handlers", "tracing", "branches", "implants", "surgery", "expansion"),
         *(
             "spectrum",
             "traces",

@@ -50,7 +50,7 @@ def planned(net, trace, share: float, ratio: float, seed: int = 0) -> tuple[Prun
     network = Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes(net))
     target, config = int(share * network.macs), CampHiVeConfig(scope="all")
     plan_for = partial(make_plan, network, scores, config=config)
-    plan = with_implants(lambda macs: plan_for(target_macs=macs), target, ratio, scores, trace, network.shapes)
+    plan = with_implants(lambda macs: plan_for(targets=macs), target, ratio, scores, trace, network.shapes)
     return plan, scores, target
 
 

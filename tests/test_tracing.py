@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from toys import Block, Chain, ToyResNet, randomise
+from toys import Block, Chain, Toy, ToyResNet, randomise
 
 from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.errors import ModelError
@@ -111,14 +111,13 @@ class Shuffled(Concatenated):
         return self.head(y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)).mean((2, 3))
 
 
-def test_channel_shuffle_is_followed():
-    trace = trace_network(Shuffled().eval(), (3, 8, 8))
-    order = list(torch.arange(10).view(2, 5).T.reshape(-1))
-    for group in trace.groups:
-        if group.name in "ab":
-            consumer = next(s for s in group.slots if s.role == "consumer")
-            offset = 0 if group.name == "a" else 4
-            assert consumer.index == tuple(order.index(c + offset) for c in range(group.size))
+def test_channel_shuffle_keeps_both_halves_equal():
+    """[a0 a1 a2 a3 b0 | b1 .. b5] becomes a0 b1 a1 b2 a2 b3 a3 b4 b0 b5: offsets go together."""
+    groups = {g.name: g for g in trace_network(Shuffled().eval(), (3, 8, 8)).groups if not g.frozen}
+    found = {name: {(s.tensor, s.axis): s.index for s in group.slots} for name, group in groups.items()}
+    assert found["a"]["head.weight", 1] == (0, 1, 2, 3, 4, 5, 6, 7)
+    assert found["a"]["a.weight", 0] == (0, 1, 2, 3) and found["a"]["b.weight", 0] == (1, 2, 3, 4)
+    assert found["b"]["head.weight", 1] == (8, 9) and found["b"]["b.weight", 0] == (0, 5)
 
 
 class Gated(nn.Module):
@@ -226,3 +225,152 @@ def test_groups_pass_their_experiment_and_a_wrong_one_is_frozen():
     )
     checked = check_groups(net, replace(trace, groups=wrong), torch.Generator().manual_seed(0))
     assert [g.name for g in checked.groups if g.frozen and "moved the output" in g.frozen] == ["stem"]
+
+
+def drawn(net: nn.Module) -> dict[str, tuple[int, set[tuple[str, int, tuple[int, ...]]]]]:
+    """Size and (tensor, axis, positions) of each group that is free."""
+    trace = trace_network(net.eval(), (3, 8, 8))
+    return {g.name: (g.size, {(s.tensor, s.axis, s.index) for s in g.slots}) for g in trace.groups if not g.frozen}
+
+
+def conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, bias=False, **options)
+
+
+def test_unequal_parts_of_a_split_are_groups_of_their_own():
+    def run(net, x):
+        a, b = net.stem(x).split([2, 5], dim=1)
+        return net.head(torch.cat([net.a(a), b], dim=1))
+
+    found = drawn(Toy(run, stem=conv(3, 7), a=conv(2, 4), head=conv(9, 2)))
+    assert found == {
+        "stem": (2, {("stem.weight", 0, (0, 1)), ("a.weight", 1, (0, 1))}),
+        "stem#2": (5, {("stem.weight", 0, (2, 3, 4, 5, 6)), ("head.weight", 1, (4, 5, 6, 7, 8))}),
+        "a": (4, {("a.weight", 0, (0, 1, 2, 3)), ("head.weight", 1, (0, 1, 2, 3))}),
+    }
+
+
+def test_equal_parts_of_a_split_stay_equal():
+    def run(net, x):
+        a, b = net.stem(x).chunk(2, dim=1)
+        return net.head(torch.cat([net.a(a), net.b(b)], dim=1))
+
+    found = drawn(Toy(run, stem=conv(3, 6), a=conv(3, 2), b=conv(3, 2), head=conv(4, 2)))
+    assert found["stem"] == (
+        3,
+        {("stem.weight", 0, (0, 3, 1, 4, 2, 5)), ("a.weight", 1, (0, 1, 2)), ("b.weight", 1, (0, 1, 2))},
+    )
+
+
+def test_a_module_called_twice_couples_what_goes_in_and_what_comes_out():
+    def run(net, x):
+        return net.head(net.twice(net.twice(net.stem(x)).relu()))
+
+    every = (0, 1, 2, 3)
+    assert drawn(Toy(run, stem=conv(3, 4), twice=conv(4, 4), head=conv(4, 2))) == {
+        "stem": (
+            4,
+            {
+                ("stem.weight", 0, every),
+                ("twice.weight", 0, every),
+                ("twice.weight", 1, every),
+                ("head.weight", 1, every),
+            },
+        )
+    }
+
+
+def test_a_module_under_two_names_is_one():
+    shared, every = conv(3, 4), (0, 1, 2, 3)
+    found = drawn(Toy(lambda net, x: net.head(net.a(x).relu() * net.b(x)), a=shared, b=shared, head=conv(4, 2)))
+    (group,) = found.values()
+    assert group == (4, {("b.weight", 0, every), ("head.weight", 1, every)})  # the exporter calls it by its last name
+
+
+def test_tied_weights_tie_their_channels():
+    net = Toy(
+        lambda net, x: net.head(torch.cat([net.a(x), net.b(x.flip(2))], 1)),
+        a=conv(3, 4),
+        b=conv(3, 4),
+        head=conv(8, 2),
+    )
+    net.b.weight = net.a.weight
+    every = (0, 1, 2, 3)
+    assert drawn(net) == {"b": (4, {("b.weight", 0, every), ("head.weight", 1, (0, 4, 1, 5, 2, 6, 3, 7))})}
+
+
+def test_a_residual_through_a_permute_is_followed():
+    def run(net, x):
+        x = net.stem(x)
+        y = net.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return net.head(x + y)
+
+    every = (0, 1, 2, 3)
+    found = drawn(Toy(run, stem=conv(3, 4), mix=nn.Linear(4, 4, bias=False), head=conv(4, 2)))
+    assert found == {
+        "stem": (
+            4,
+            {("stem.weight", 0, every), ("mix.weight", 0, every), ("mix.weight", 1, every), ("head.weight", 1, every)},
+        )
+    }
+
+
+class Attention(nn.Module):
+    """Three heads of four channels, [B, H, W, 5] in and out, as most transformers write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 3, nn.Linear(5, 36), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = ((q @ k.mT) / 2).softmax(dim=-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def attending() -> nn.Module:
+    def run(net, x):
+        x = net.stem(x).permute(0, 2, 3, 1)
+        return net.head((x + net.attention(net.norm(x))).permute(0, 3, 1, 2))
+
+    return Toy(run, stem=conv(3, 5), norm=nn.LayerNorm(5), attention=Attention(), head=conv(5, 2))
+
+
+def test_attention_heads_go_whole_with_query_key_value_and_projection():
+    size, slots = drawn(attending())["attention.qkv"]
+    positions = [h * 4 + d + part * 12 for h in range(3) for part in range(3) for d in range(4)]
+    assert size == 3
+    assert slots == {
+        ("attention.qkv.weight", 0, tuple(positions)),
+        ("attention.qkv.bias", 0, tuple(positions)),
+        ("attention.proj.weight", 1, tuple(range(12))),
+    }
+
+
+def test_norms_over_channels_say_which_of_them_count():
+    groups = {g.name: g for g in trace_network(attending().eval(), (3, 8, 8)).groups}
+    found = {(s.tensor, s.role, s.index) for s in groups["stem"].slots if "norm" in s.tensor}
+    every = (0, 1, 2, 3, 4)
+    assert found == {
+        ("norm.weight", "affine", every),
+        ("norm.bias", "affine", every),
+        ("norm.weight#gone", "statistics", every),
+    }
+
+
+def test_group_norm_loses_whole_groups():
+    found = drawn(
+        Toy(lambda net, x: net.head(net.norm(net.stem(x))), stem=conv(3, 6), norm=nn.GroupNorm(3, 6), head=conv(6, 2))
+    )
+    assert found["stem"][0] == 3 and ("head.weight", 1, (0, 1, 2, 3, 4, 5)) in found["stem"][1]
+
+
+def test_a_cut_that_the_networks_own_code_does_not_go_along_with_is_frozen():
+    """The number 4 stands in the code, where no cut can change it."""
+
+    net = Toy(lambda net, x: net.head(net.stem(x).view(x.shape[0], 4, 8, 8)), stem=conv(3, 4), head=conv(4, 2))
+    trace = trace_network(net.eval(), (3, 8, 8))
+    assert not any(g.frozen for g in trace.groups if g.name == "stem")
+    frozen = {g.name: g.frozen for g in check_groups(net, trace, torch.Generator().manual_seed(0)).groups}
+    assert "does not run" in frozen["stem"]

@@ -1,6 +1,6 @@
 """Small networks whose channel groups can be drawn by hand, and states that hide nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,6 +54,19 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv2(self.conv1(x).relu()).relu().flatten(1))
+
+
+class Toy(nn.Module):
+    """A network made of named layers and a function that runs them on an image; ends in means over positions."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x).mean((2, 3))
 
 
 @contextmanager
