@@ -127,9 +127,9 @@ def gated_run(
     graph, maps = trace.graph, _affine_maps(trace.graph, state)
     shape = (len(images), gates.size) if each else (gates.size,)
     m = torch.ones(shape, dtype=images.dtype, device=images.device, requires_grad=True)
-    padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
     values: dict[fx.Node, object] = graph.bind(state) | {graph.image: images}
     with torch.enable_grad():
+        padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
         for node in graph.operations:
             seen = values
             if (index := _gate_index(graph, gates, node)) is not None:
