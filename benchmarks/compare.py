@@ -3,7 +3,7 @@
     python benchmarks/compare.py --data FOLDER                     everything, which takes many hours
     python benchmarks/compare.py --data FOLDER --list              the runs, and which are done
     python benchmarks/compare.py --data FOLDER --only '2.1x .*seed=0$'     the chosen ones
-    python benchmarks/compare.py --render                          docs/ablation.md from the kept results
+    python benchmarks/compare.py --render                          docs/comparison.md from the kept results
 
 FOLDER holds cifar10/, imagenet_sample/, imagenette/ (parquet) and weights/*.safetensors. Runs that are done are not
 repeated, so a killed job goes on where it was; several processes may work on different runs at a time. Calibration
@@ -53,9 +53,9 @@ NETWORKS = {
 
 
 def reach(network: Network) -> tuple[Cell, ...]:
-    """Our default, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
+    """Our default and `fisher`, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
     images = {"calibration_sizes": [network.calibration_size]}
-    ours = grid([DEFAULT.criterion], [DEFAULT.merge, "none"], network.ratios, **images)
+    ours = grid([DEFAULT.criterion, "fisher"], [DEFAULT.merge, "none"], network.ratios, **images)
     return (*ours, *grid(PEERS, ["none", DEFAULT.merge], network.ratios, **images))
 
 
@@ -89,22 +89,24 @@ def main() -> None:
             else:
                 print(comparison.run(cells).to_markdown(), flush=True)
     if not options.list and options.output is None:
-        (DOCS / "ablation.md").write_text(page(results), encoding="utf-8")
+        (DOCS / "comparison.md").write_text(page(results), encoding="utf-8")
 
 
 def open_comparison(
     name: str, options: argparse.Namespace, results: Path, methods: Mapping[str, Method]
 ) -> Comparison:
-    """The comparison of a network, with what is kept of it; finetuned runs stand apart from those without training."""
+    """The comparison of a network, with what is kept of it; polished and finetuned runs stand apart from the others."""
     network = NETWORKS[name]
+    trained = f"_{options.polish_steps}_steps" if options.polish_steps else ""
+    trained += f"_{options.epochs:g}_epochs" if options.epochs else ""
     base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
     folder = options.data / network.dataset
     dataset = ten_classes(folder) if network.dataset == "imagenette" else str(folder)
     return Comparison(
         base,
-        CampHiVeConfig(num_train_epochs=options.epochs),
+        CampHiVeConfig(num_train_epochs=options.epochs, polish_steps=options.polish_steps),
         lambda config: load_loaders(dataset, base.net, config, max_eval_samples=options.max_eval_samples),
-        results / (f"{name}_{options.epochs:g}_epochs" if options.epochs else name),
+        results / f"{name}{trained}",
         data={"dataset": network.dataset, "max_eval_samples": options.max_eval_samples},
         methods=methods,
     )
@@ -124,7 +126,7 @@ def ten_classes(folder: Path) -> str:
 
 
 def page(results: Path) -> str:
-    """docs/ablation.md: for each network the comparison at its ratios, then what makes the difference."""
+    """docs/comparison.md: for each network the comparison at its ratios, then what makes the difference."""
     parts = [
         "# The comparison in full\n",
         "Written by `python benchmarks/compare.py --render` from the results kept in `docs/results/compare/`. "
@@ -189,12 +191,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="folder of the datasets and weights")
-    source.add_argument("--render", action="store_true", help="only write docs/ablation.md")
+    source.add_argument("--render", action="store_true", help="only write docs/comparison.md")
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these networks")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS), help="only these jobs")
     parser.add_argument("--only", default="", help="regular expression that a run's name must match; see --list")
     parser.add_argument("--list", action="store_true", help="list the runs instead of running them")
     parser.add_argument("--epochs", type=float, default=0.0, help="epochs of finetuning (default: none)")
+    parser.add_argument("--polish-steps", type=int, default=0, help="label-free steps after the cut (default: none)")
     parser.add_argument("--max-eval-samples", type=int, help="test images for a quick trial; needs --output")
     parser.add_argument("--output", type=Path, help="folder of the results, if not docs/results/compare")
     return parser

@@ -29,6 +29,8 @@ Make image classifiers from the Hugging Face Hub smaller for real.
 
 camphive COMMAND --help lists the options of a command.
 """
+NOT_COMPARED = ("target_macs", "target_params", "target_latency", "latency_batch_size", "latency_folded")
+NOT_COMPARED += ("granularity", "sparsity", "seed")  # a comparison has ratios of MACs, and counts its seeds
 BUNDLED_MODEL, BUNDLED_DATASET = "digits_resnet", "digits"
 
 
@@ -343,7 +345,8 @@ def compare(arguments: Sequence[str]) -> None:
     """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
     from .config import CampHiVeConfig
 
-    settings = _settings_of(CampHiVeConfig, without=("criterion", *vars(CompareArguments())), num_train_epochs=0.0)
+    elsewhere = ("criterion", *vars(CompareArguments()), *NOT_COMPARED)
+    settings = _settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
     model, data, asked, chosen = _parse(
         "compare", arguments, ModelArguments, DataArguments, CompareArguments, settings
     )
@@ -364,7 +367,7 @@ def compare(arguments: Sequence[str]) -> None:
     described = {**asdict(data), "dataset": data.dataset or _usual_dataset(model.model)}
     del described["dataloader_num_workers"]  # changes nothing but time
     folder = asked.output_dir or f"outputs/{_short(model.model)}-comparison"
-    config = CampHiVeConfig(**asdict(chosen))
+    config = CampHiVeConfig(target_macs=0.5, **asdict(chosen))  # each run has its own
     comparison = Comparison(base, config, lambda run: _loaders(model, data, base.net, run), folder, data=described)
     _log_to_terminal(comparison.accelerator.is_local_main_process)
     results = comparison.run(cells)
@@ -437,7 +440,7 @@ def _preset(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _settings_of(config: type, without: Sequence[str], **defaults: Any) -> type:
     """The fields of the config that are not among `without`, as options of a command that has its own word for those."""
-    kept = [f for f in fields(config) if f.name not in (*without, "target_macs", "seed")]
+    kept = [f for f in fields(config) if f.name not in without]
     options = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata=f.metadata)) for f in kept]
     return make_dataclass("Settings", options)
 

@@ -134,6 +134,8 @@ class Comparison:
         """Raise `ConfigError` or `PlanError` where a cell cannot work; needs no data."""
         if not cells:
             raise ConfigError("there is nothing to compare; name at least one method, merge rule, ratio and seed")
+        if self.config.granularity != "channel":
+            raise ConfigError("a comparison is at ratios of MACs, of which single weights save none; cut channels")
         for cell in cells:
             _choice("method", cell.method, {**CRITERIA, **self.methods})
             _choice("merge rule", cell.merge, MERGE_RULES)

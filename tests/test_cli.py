@@ -540,6 +540,7 @@ def test_a_comparison_prints_what_it_keeps_and_is_gone_on_with(capsys, monkeypat
         (["--merge", "nothing"], "no merge rule 'nothing'"),
         (["--ratios", "2,three"], "--ratios is '2,three'; give numbers separated by commas"),
         (["--cycles", "1.5"], "--cycles is '1.5'; give whole numbers separated by commas"),
+        (["--implant-ratio", "0.3", "--seeds", "0"], "nothing to compare"),
         (["--ratios", "0.5"], "ratio 0.5 must be above 1"),
         (["--ratios", ""], "nothing to compare"),
         (["--seeds", "0"], "nothing to compare"),

@@ -145,9 +145,20 @@ def test_finetuned_rows_do_not_depend_on_those_before(tmp_path):
     assert both.rows[1].finetuned > both.rows[1].delivered and both.rows[1].seconds["finetune"] > 0
 
 
+def test_polished_rows_say_what_polishing_gave(tmp_path, monkeypatch):
+    def spoil(pruner, calibration):
+        assert len(calibration.images[0]) == 64
+        torch.nn.init.zeros_(pruner.net.get_classifier().weight)
+        return pruner.net
+
+    monkeypatch.setattr(CampHiVePruner, "polish", spoil)
+    (row,) = opened(tmp_path, replace(CONFIG, polish_steps=2)).run(cells("fisher", "none")).rows
+    assert row.final == row.polished < 0.3 < row.delivered
+
+
 def test_several_cycles_end_at_the_same_budget(tmp_path):
     one, two = opened(tmp_path).run(cells("fisher", "none", cycles=[1, 2])).rows
-    assert (one.cell.cycles, two.cell.cycles) == (1, 2) and one.macs != two.macs
+    assert (one.cell.cycles, two.cell.cycles) == (1, 2) and one.pruned != two.pruned
     assert max(one.macs, two.macs) <= one.dense_macs / 2
     assert two.seconds["score"] > 0 and two.recalibrated == two.delivered
 
@@ -256,7 +267,7 @@ def test_two_processes_can_fill_one_folder(tmp_path, monkeypatch):
     ("chosen", "message"),
     [
         (cells("magnitud"), "no method 'magnitud'; did you mean 'magnitude'"),
-        (cells("x"), "no method 'x'; choose from fisher, .*halves"),
+        (cells("x"), "no method 'x'; choose from merge-aware, .*halves"),
         (cells(merges="lstq"), "no merge rule 'lstq'; did you mean 'lstsq'"),
         (cells(ratios=(0.5,)), "ratio 0.5 must be above 1"),
         (cells(ratios=(float("nan"),)), "ratio nan must be above 1"),
@@ -265,7 +276,7 @@ def test_two_processes_can_fill_one_folder(tmp_path, monkeypatch):
         (cells(cycles=[0]), "cycles is 0; it must be at least 1"),
         (cells("halves", "cyclic"), "gives a plan without scores"),
         (cells("fisher", size=8), "needs at least 16 images"),
-        (cells(size=5000), "the dataset has 1197 images for calibration"),
+        (cells("fisher", size=5000), "the dataset has 1197 images for calibration"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, chosen, message):
@@ -273,6 +284,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, chosen
     with pytest.raises((ConfigError, PlanError), match=message):
         run.run(chosen)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_not_compared(tmp_path):
+    config = CampHiVeConfig.from_preset("camphive-paper-weights", num_train_epochs=0.0)
+    with pytest.raises(ConfigError, match="of which single weights save none"):
+        opened(tmp_path / "grid", config).check(cells())
 
 
 def test_results_of_other_settings_are_refused(finished):

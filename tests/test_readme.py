@@ -51,9 +51,9 @@ def test_links_lead_somewhere(link):
 
 
 def test_the_page_of_the_comparison_is_that_of_the_kept_results(monkeypatch):
-    if not (ROOT / "docs/ablation.md").exists():
-        pytest.skip("no comparison is kept yet; python benchmarks/compare.py writes docs/ablation.md")
+    if not (ROOT / "docs/comparison.md").exists():
+        pytest.skip("no comparison is kept yet; python benchmarks/compare.py writes docs/comparison.md")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import compare
 
-    assert (ROOT / "docs/ablation.md").read_text(encoding="utf-8") == compare.page(ROOT / "docs/results/compare")
+    assert (ROOT / "docs/comparison.md").read_text(encoding="utf-8") == compare.page(ROOT / "docs/results/compare")

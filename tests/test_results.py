@@ -51,7 +51,8 @@ def test_mean_and_spread():
     [
         ({"recalibrates": True}, 0.6, 0.6),
         ({"recalibrates": False}, 0.5, 0.5),
-        ({"recalibrates": False, "finetuned": 0.2}, 0.5, 0.2),
+        ({"recalibrates": False, "polished": 0.3}, 0.5, 0.3),
+        ({"recalibrates": False, "polished": 0.3, "finetuned": 0.2}, 0.5, 0.2),
     ],
 )
 def test_what_a_run_ends_with(changes, delivered, final):
