@@ -95,9 +95,9 @@ def main() -> None:
 def open_comparison(
     name: str, options: argparse.Namespace, results: Path, methods: Mapping[str, Method]
 ) -> Comparison:
-    """The comparison of a network, with what is kept of it; polished and finetuned runs stand apart from the others."""
+    """The comparison of a network, with what is kept of it; other polishing, and finetuning, stand in folders of their own."""
     network = NETWORKS[name]
-    trained = f"_{options.polish_steps}_steps" if options.polish_steps else ""
+    trained = f"_{options.polish_steps}_steps" if options.polish_steps != DEFAULT.polish_steps else ""
     trained += f"_{options.epochs:g}_epochs" if options.epochs else ""
     base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
     folder = options.data / network.dataset
@@ -197,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="regular expression that a run's name must match; see --list")
     parser.add_argument("--list", action="store_true", help="list the runs instead of running them")
     parser.add_argument("--epochs", type=float, default=0.0, help="epochs of finetuning (default: none)")
-    parser.add_argument("--polish-steps", type=int, default=0, help="label-free steps after the cut (default: none)")
+    steps = DEFAULT.polish_steps
+    parser.add_argument("--polish-steps", type=int, default=steps, help=f"label-free steps after the cut ({steps})")
     parser.add_argument("--max-eval-samples", type=int, help="test images for a quick trial; needs --output")
     parser.add_argument("--output", type=Path, help="folder of the results, if not docs/results/compare")
     return parser

@@ -25,7 +25,7 @@ from hf_camphive.results import Cell, Results, Row
 from hf_camphive.tracing import trace_network
 from hf_camphive.training import evaluate_accuracy
 
-CONFIG = CampHiVeConfig(num_train_epochs=0, mixed_precision="no", curvature_images=16, power_steps=3)
+CONFIG = CampHiVeConfig(num_train_epochs=0, polish_steps=0, mixed_precision="no", curvature_images=16, power_steps=3)
 BASE = load_base("digits_resnet")
 DATA = {"dataset": "digits"}
 
