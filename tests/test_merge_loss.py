@@ -6,7 +6,7 @@ from test_criteria import evidence
 from toys import Chain, images, randomise
 
 from hf_camphive.criteria import CRITERIA
-from hf_camphive.curvature import gate_space
+from hf_camphive.gates import gate_space
 from hf_camphive.graph import named_tensors
 from hf_camphive.merge_loss import consumer_products, merge_losses, mergeable
 from hf_camphive.tracing import trace_network
