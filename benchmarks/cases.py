@@ -1,0 +1,123 @@
+"""Networks with images for them, as benchmarks of curvature use them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from no_training import NETWORKS, loaders_of
+from torch import Tensor, nn
+
+from hf_camphive import load_base
+from hf_camphive.curvature import Curvature, gate_curvature, weight_curvature
+from hf_camphive.gates import gate_space
+from hf_camphive.graph import named_tensors
+from hf_camphive.tracing import Trace, trace_network
+
+SEED = 0
+WEIGHTS = {"cifar_resnet20": "cifar10_resnet20", "cifar_resnet32": "cifar10_resnet32"}  # beside those of NETWORKS
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network in eval mode, and images and labels for it."""
+
+    network: str
+    net: nn.Module
+    images: Tensor
+    labels: Tensor
+    source: str
+
+    @property
+    def subject(self) -> str:
+        """Network and batch, for a row of a table."""
+        return f"{self.network}, {len(self.images)} images at {self.images.shape[-1]}"
+
+    def first(self, count: int | None) -> "Case":
+        """The same with the first images only."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    @property
+    def trace(self) -> Trace:
+        """Its channels."""
+        return _traced(self.net, tuple(self.images.shape[1:]))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Its weights and buffers, apart from autograd."""
+        return {name: tensor.detach() for name, tensor in named_tensors(self.net).items()}
+
+    def gate_curvature(self, matrix: str = "hessian", dtype: torch.dtype = torch.float32) -> Curvature:
+        """lift^T H lift or lift^T J^T R J lift, the images in one batch."""
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.state.items()
+        }
+        batches = [(self.images.to(dtype), self.labels)]
+        return gate_curvature(self.trace, state, gate_space(self.trace, state), batches, matrix)
+
+    def weight_curvature(self, matrix: str = "hessian") -> Curvature:
+        """H or J^T R J over all weights, the images in one batch."""
+        return weight_curvature(self.net, [(self.images, self.labels)], matrix)[0]
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        """The ordinary gradient in all weights, of the module as it is."""
+        return torch.autograd.grad(F.cross_entropy(self.net(self.images), self.labels), list(self.net.parameters()))
+
+    def direction(self, curvature: Curvature, vectors: int | None = None) -> Tensor:
+        """Random vectors for a matrix, [n] or [n, k]."""
+        shape = (curvature.size,) if vectors is None else (curvature.size, vectors)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(self.images)
+
+
+@cache
+def _traced(net: nn.Module, input_size: tuple[int, int, int]) -> Trace:
+    return trace_network(net, input_size)
+
+
+def load_case(network: str, count: int, data: Path | None, device: str, size: int | None = None) -> Case:
+    """A network with `count` images, both real where the data folder has them and random otherwise, which `source` says.
+
+    `size` asks for random images of that side.
+    """
+    torch.manual_seed(SEED)
+    net, weights = _network(network, data)
+    images, labels, source = _images(network, count, None if size else data, net, size)
+    net = net.eval().to(device, memory_format=torch.channels_last)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    return Case(network, net, images, labels.to(device), f"{weights} weights, {source}")
+
+
+def _network(name: str, data: Path | None) -> tuple[nn.Module, str]:
+    stem = WEIGHTS.get(name) or (NETWORKS[_kept(name)][1] if _kept(name) else None)
+    file = data and stem and data / "weights" / f"{stem}.safetensors"
+    if file and file.exists():
+        return load_base(name, str(file)).net, "trained"
+    return timm.create_model(name), "random"
+
+
+def _images(name: str, count: int, data: Path | None, net: nn.Module, size: int | None) -> tuple[Tensor, Tensor, str]:
+    key = _kept("cifar_resnet56" if name.startswith("cifar_") else name)
+    if data and key and (data / NETWORKS[key][2]).is_dir():
+        images, labels = (torch.cat(parts)[:count] for parts in zip(*_batches(key, data, count)))
+        if len(images) < count:
+            raise SystemExit(f"{data / NETWORKS[key][2]} has {len(images)} calibration images; {count} were asked for")
+        return images, labels, f"real images ({NETWORKS[key][2]})"
+    channels, *sides = net.pretrained_cfg["input_size"]
+    sides = [size, size] if size else sides
+    return torch.randn(count, channels, *sides), torch.randint(net.num_classes, (count,)), "random images"
+
+
+def _batches(key: str, data: Path, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in loaders_of(key, data, SEED).calibration:
+        yield batch["pixel_values"], batch["labels"]
+        count -= len(batch["labels"])
+        if count <= 0:
+            return
+
+
+def _kept(network: str) -> str | None:
+    """The network's name in the benchmark without training, "resnet18 (10 classes)" for "resnet18"."""
+    return next((key for key in NETWORKS if key.split()[0] == network), None)
