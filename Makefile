@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 DATA ?= ../shared/data
 
-.PHONY: help demo test lint format test-slow test-realdata benchmark zoo clean
+.PHONY: help demo test lint format test-slow test-realdata benchmark benchmark-curvature zoo clean
 
 help:
 	@echo "make demo           prune the bundled network on handwritten digits (under 3 minutes after install)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
 	@echo "make zoo            cut every network of tests/zoo.txt, here and with torch-pruning; resumable, hours"
 	@echo "make benchmark      every method on real data, torch-pruning's too (DATA=$(DATA)); hours, resumable"
+	@echo "make benchmark-curvature  cost of curvature beside its peers (DATA=$(DATA)); resumable"
 
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +55,10 @@ benchmark: $(VENV)/.base
 zoo: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch-pruning==1.6.1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
+
+benchmark-curvature: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[benchmarks]"
+	$(BIN)/python benchmarks/curvature.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

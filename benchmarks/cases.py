@@ -77,14 +77,11 @@ def _traced(net: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     return trace_network(net, input_size)
 
 
-def load_case(network: str, count: int, data: Path | None, device: str, size: int | None = None) -> Case:
-    """A network with `count` images, both real where the data folder has them and random otherwise, which `source` says.
-
-    `size` asks for random images of that side.
-    """
+def load_case(network: str, count: int, data: Path | None, device: str) -> Case:
+    """A network with `count` images, both real where the data folder has them and random otherwise, which `source` says."""
     torch.manual_seed(SEED)
     net, weights = _network(network, data)
-    images, labels, source = _images(network, count, None if size else data, net, size)
+    images, labels, source = _images(network, count, data, net)
     net = net.eval().to(device, memory_format=torch.channels_last)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     return Case(network, net, images, labels.to(device), f"{weights} weights, {source}")
@@ -98,16 +95,18 @@ def _network(name: str, data: Path | None) -> tuple[nn.Module, str]:
     return timm.create_model(name), "random"
 
 
-def _images(name: str, count: int, data: Path | None, net: nn.Module, size: int | None) -> tuple[Tensor, Tensor, str]:
+def _images(name: str, count: int, data: Path | None, net: nn.Module) -> tuple[Tensor, Tensor, str]:
     key = _kept("cifar_resnet56" if name.startswith("cifar_") else name)
     if data and key and (data / NETWORKS[key][2]).is_dir():
         images, labels = (torch.cat(parts)[:count] for parts in zip(*_batches(key, data, count)))
         if len(images) < count:
             raise SystemExit(f"{data / NETWORKS[key][2]} has {len(images)} calibration images; {count} were asked for")
         return images, labels, f"real images ({NETWORKS[key][2]})"
-    channels, *sides = net.pretrained_cfg["input_size"]
-    sides = [size, size] if size else sides
-    return torch.randn(count, channels, *sides), torch.randint(net.num_classes, (count,)), "random images"
+    return (
+        torch.randn(count, *net.pretrained_cfg["input_size"]),
+        torch.randint(net.num_classes, (count,)),
+        "random images",
+    )
 
 
 def _batches(key: str, data: Path, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -279,12 +279,13 @@ def block(options: Options) -> dict:
 def memory(options: Options) -> dict:
     """Most memory of a product over a training step's, each in a process of its own."""
     figures, bytes_ = [], {}
-    for case in cases(options, *(["cifar_resnet56"] if options.quick else [])):
+    names = list(MEMORY)[:: 2 if options.quick else 1]
+    for case in cases(options):
         found = bytes_[case.subject] = {
-            name: peak_bytes(remembered, case, name, device=options.device) for name in MEMORY
+            name: peak_bytes(remembered, case, name, device=options.device) for name in names
         }
         step = found["training step"]
-        for name in list(MEMORY)[1:]:
+        for name in names[1:]:
             ours = {"target": 2.0, "at_most": True} if name.split()[0] in ("gate", "weight") else {}
             value = found[name] / step
             figures.append(Figure(case.subject, f"{name} / training step", value, value, value, **ours))
@@ -378,7 +379,10 @@ def growth(options: Options) -> dict:
     """Time of gate Hessian products by images, parameters and vectors, and how straight the lines are."""
     (case,) = cases(options, "cifar_resnet56")
     most = len(case.images)
-    others = [load(f"cifar_resnet{depth}", most // 4, options) for depth in (20, 32, 44, 56, 110)]
+    others = [
+        load(f"cifar_resnet{depth}", most // 4, options)
+        for depth in (20, 32, 44, 56, 110)[: 2 if options.quick else 5]
+    ]
     curvature = case.first(most // 4).gate_curvature()
     vectors = case.direction(curvature, 16)
     axes = {
@@ -396,7 +400,7 @@ def growth(options: Options) -> dict:
         seconds = [median(times[f"{axis} {value}"]) for value in x]
         slope, intercept, r2 = straightness(x, seconds)
         lines[axis] = {"x": x, "seconds": seconds, "slope": slope, "intercept": intercept, "r2": r2}
-        subject = "cifar_resnet20 to 110" if axis == "parameters" else case.network
+        subject = f"cifar_resnet20 to {others[-1].network[12:]}" if axis == "parameters" else case.network
         straight = {} if axis == "parameters" else {"target": 0.98}
         figures.append(Figure(subject, f"time by {axis}, R\u00b2 of a line", r2, r2, r2, **straight))
     notes = [f"{other.network}: {other.source}" for other in others]
@@ -420,16 +424,17 @@ SECTIONS: dict[str, Callable[[Options], dict]] = {
 
 
 def load(network: str, count: int, options: Options) -> Case:
-    """A network and images for it; small ones where the run is to be quick."""
-    if not options.quick:
-        return load_case(network, count, options.data, options.device)
-    small = "cifar_resnet20" if network == "cifar_resnet56" else network
-    return load_case(small, min(count, 4), None, options.device, size=None if small.startswith("cifar") else 64)
+    """A network and images for it; a small one where the run is to be quick."""
+    if options.quick:
+        small = network if network.startswith("cifar") and network != "cifar_resnet56" else "cifar_resnet20"
+        return load_case(small, min(count, 4), None, options.device)
+    return load_case(network, count, options.data, options.device)
 
 
 def cases(options: Options, *networks: str) -> list[Case]:
     """The networks that products are measured on, or those named."""
-    return [load(name, BATCHES[name], options) for name in networks or BATCHES]
+    networks = networks or tuple(BATCHES)
+    return [load(name, BATCHES[name], options) for name in (networks[:1] if options.quick else networks)]
 
 
 def draw(sections: dict[str, dict], path: Path) -> None:
