@@ -78,7 +78,7 @@ def in_own_process(tool: str, name: str, timeout: float) -> dict:
     if done.returncode == -signal.SIGXCPU:
         return {"error": f"not done after {timeout} s"}
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit code {done.returncode}"]
         return {"error": lines[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 

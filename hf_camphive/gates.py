@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .graph import Graph, compute, operation
+from .graph import Graph, compute, operation, weight_of
 from .tracing import Trace
 
 
@@ -158,12 +158,14 @@ def gate_gradients(
 
 def _gate_index(graph: Graph, gates: GateSpace, node: fx.Node) -> Tensor | None:
     """Gates of what a layer reads, [C_in]; None for an operation that is no layer or reads no gated channel."""
-    return gates.inputs.get(graph.tensors.get(node.args[1])) if operation(node) in ("conv2d", "linear") else None
+    return gates.inputs.get(graph.tensors.get(weight_of(node)))
 
 
 def _aligned(padded: Tensor, index: Tensor, node: fx.Node, x: Tensor) -> Tensor:
     """The gate of each channel of x, in a shape that multiplies x; a grouped convolution reads its gates once per group."""
     scale = padded[..., index]
+    if scale.dim() > 1 and len(scale) < len(x):  # windows of an image lie next to one another
+        scale = scale.repeat_interleave(len(x) // len(scale), dim=0)
     if operation(node) == "linear":
         return scale.view(*scale.shape[:-1], *[1] * (x.dim() - scale.dim()), -1)
     return scale.repeat(*[1] * (scale.dim() - 1), x.shape[1] // len(index))[..., None, None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .config import CampHiVeConfig
-from .graph import operation
+from .graph import operation, weight_of
 from .plan import PrunePlan, Slot
 from .planning import cyclic_pairs
 from .reconstruction import Reduce, constant_carrier, reconstruct
@@ -166,11 +166,7 @@ def merge(
 def _layers(trace: Trace) -> dict[str, fx.Node]:
     """The convolution or linear layer that uses each weight (the last one, where several do)."""
     tensors = trace.graph.tensors
-    return {
-        tensors[node.args[1]]: node
-        for node in trace.graph.operations
-        if operation(node) in ("conv2d", "linear") and node.args[1] in tensors
-    }
+    return {tensors[weight]: node for node in trace.graph.operations if (weight := weight_of(node)) in tensors}
 
 
 def _moments(
@@ -183,7 +179,8 @@ def _moments(
         for images in batches:
             values = dict(zip(sources, trace.graph.run(state, images, list(sources.values()))))
             for layer, x in values.items():
-                rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
+                rows = x.movedim(1, -1) if operation(layer) == "conv2d" else x
+                rows = rows.reshape(-1, rows.shape[-1])
                 rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
                 sums[layer] = sums.get(layer, 0) + sum((part.mT @ part).double() for part in rows.split(8192))
     moments = {}

@@ -415,7 +415,10 @@ def _update_features(net: nn.Module) -> None:
         return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
 
     infos = [dict(info) for info in getattr(net, "feature_info", ())]
+    modules = dict(twin.named_modules())
     for info in infos:
+        if info["module"] not in modules:  # some networks tell of modules that they do not have
+            continue
         twin.get_submodule(info["module"]).register_forward_hook(
             lambda module, inputs, output, info=info: info.update(num_chs=channels(output))
         )

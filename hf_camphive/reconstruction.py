@@ -81,7 +81,7 @@ def reconstruct(
             for number, earlier in enumerate(held):
                 values = twins.advance(earlier, constants, start, stop)
                 if fits_in_memory is None:
-                    fits_in_memory = sum(v.nbytes for v in values.values()) * len(held) <= ACTIVATION_BYTES
+                    fits_in_memory = sum(map(_bytes, values.values())) * len(held) <= ACTIVATION_BYTES
                 if fits_in_memory:
                     held[number] = values
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
@@ -177,6 +177,11 @@ class _Twins:
                 pending.append((job, True))
                 pending.extend((need, False) for need in reversed(self.needs(job)))
         return list(order)
+
+
+def _bytes(value: object) -> int:
+    """Memory of a value: a tensor, several of them, or a size."""
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
 
 
 # One fit: rows, sums, solution
@@ -283,6 +288,8 @@ def _rows(
     target = values[False, fit.target]
     if fit.junction:
         target = target - values[twins.job(True, fit.junction.shortcut)]
+    if operation(fit.node) == "linear" and target.dim() == 4:  # [N, H, W, C]
+        target = target.movedim(-1, 1)
     picks = _pick(target, weight, images, generator)
     target = _at(target, picks)
     for norm in reversed(fit.path):

@@ -71,7 +71,7 @@ def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Tr
     Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's wherever it is read, and
     r is filled with nonsense: the output must not move. (Where norms take their statistics over channels, r is masked
     instead of merged.) One pass each in float64 on randomised BatchNorm and biases for all groups at once; only on failure is
-    each group tried alone. Then random channels of all groups are cut at once: the network's own code must go along.
+    each group tried alone. Then random channels of all groups, and of some, are cut at once: the network's own code must go along.
     """
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     state = _randomised(net, generator)
@@ -85,6 +85,9 @@ def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Tr
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     faults: dict[str, str] = {}
     _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in free}, faults)
+    free = [group for group in free if group.name not in faults]  # now some are cut and others are not
+    some = [group for group in free if torch.rand((), generator=generator) < 0.5]
+    _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in some}, faults)
     return _frozen(trace, faults)
 
 
@@ -252,7 +255,10 @@ def _changed_numbers(net: nn.Module, trace: Trace, plan: PrunePlan) -> dict[str,
     for name, module in net.named_modules():
         if name not in found or name in sized:
             continue
-        written, inputs, sizes = (_unambiguous(found[name][kind]) for kind in ("written", "input", "size"))
+        written = {old: min(after - {old}) for old, after in found[name]["written"].items() if len(after - {old}) == 1}
+        inputs, sizes = (
+            {o: min(after) for o, after in found[name][k].items() if len(after) == 1} for k in ("input", "size")
+        )
         for key, value in vars(module).items():
             new = written
             if _NAMES_OF_WIDTHS.search(key):
@@ -263,11 +269,6 @@ def _changed_numbers(net: nn.Module, trace: Trace, plan: PrunePlan) -> dict[str,
             elif type(value) is int and new.get(value, value) != value and key != "num_classes":
                 changed.setdefault(name, {})[key] = new[value]
     return changed
-
-
-def _unambiguous(numbers: Mapping[int, set[int]]) -> dict[int, int]:
-    """What numbers become, where they become one other; one that stays here may still change there (3 heads, 3 parts)."""
-    return {old: min(after - {old}) for old, after in numbers.items() if len(after - {old}) == 1}
 
 
 _NAMES_OF_WIDTHS = re.compile("channel|chs|dim|width|features|heads|planes|filters")
