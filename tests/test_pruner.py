@@ -525,7 +525,14 @@ def test_a_damaged_state_is_named(killed, tmp_path):
 
 
 HIVE = replace(
-    CONFIG, criterion="hive", merge="none", cycles=2, power_steps=6, power_tolerance=1e-12, num_eigenpairs=2
+    CONFIG,
+    criterion="hive",
+    eigensolver="power",
+    merge="none",
+    cycles=2,
+    power_steps=6,
+    power_tolerance=1e-12,
+    num_eigenpairs=2,
 )
 
 
