@@ -137,12 +137,20 @@ def test_a_method_of_ones_own_is_given_a_copy_and_treated_like_the_others(finish
     assert {row.recalibrated for row in rows} != {rows[0].pruned}
 
 
-def test_finetuned_rows_do_not_depend_on_those_before(tmp_path):
-    config = replace(CONFIG, num_train_epochs=1)
-    both = opened(tmp_path / "both", config).run(cells(ratios=(1.5, 2.0)))
-    alone = opened(tmp_path / "alone", config).run(cells(ratios=(2.0,)))
-    assert both.rows[1].finetuned == alone.rows[0].finetuned == alone.rows[0].final
-    assert both.rows[1].finetuned > both.rows[1].delivered and both.rows[1].seconds["finetune"] > 0
+def test_finetuning_is_the_same_for_all(tmp_path, monkeypatch):
+    """Every row sees the same images in the same order, augmented alike, and has the dense network as its teacher."""
+    seen, real = [], comparison.finetune
+
+    def watched(net, loaders, config, accelerator, teacher):
+        seen.append(next(iter(loaders.train))["pixel_values"])
+        assert torch.equal(teacher.get_classifier().weight, BASE.net.get_classifier().weight)
+        return real(net, loaders, config, accelerator, teacher)
+
+    monkeypatch.setattr(comparison, "finetune", watched)
+    run = opened(tmp_path, replace(CONFIG, num_train_epochs=1))
+    first, second = run.run(cells(ratios=(1.5, 2.0))).rows
+    assert torch.equal(*seen)
+    assert second.final == second.finetuned > second.delivered and first.seconds["finetune"] > 0
 
 
 def test_polished_rows_say_what_polishing_gave(tmp_path, monkeypatch):
