@@ -106,6 +106,7 @@ def hive(evidence: Evidence) -> Scores:
         steps=config.power_steps,
         tolerance=config.power_tolerance,
         generator=torch.Generator().manual_seed(config.seed),
+        dtype=torch.float64,  # vectors of a few thousand entries cost nothing; products stay in the network's precision
         start=memory and memory.load(),
         keep=memory and memory.save,
         progress=evidence.progress,
