@@ -414,14 +414,15 @@ def _update_features(net: nn.Module) -> None:
     def channels(x: Tensor) -> int:
         return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
 
+    def note(info: dict, output: Any) -> None:
+        if isinstance(output, Tensor):  # some blocks give several
+            info["num_chs"] = channels(output)
+
     infos = [dict(info) for info in getattr(net, "feature_info", ())]
     modules = dict(twin.named_modules())
     for info in infos:
-        if info["module"] not in modules:  # some networks tell of modules that they do not have
-            continue
-        twin.get_submodule(info["module"]).register_forward_hook(
-            lambda module, inputs, output, info=info: info.update(num_chs=channels(output))
-        )
+        if info["module"] in modules:  # some networks tell of modules that they do not have
+            modules[info["module"]].register_forward_hook(lambda module, inputs, output, info=info: note(info, output))
     size = (_input_channels(net), *net.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
     try:
         with torch.no_grad():
