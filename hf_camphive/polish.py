@@ -23,6 +23,7 @@ BETAS = (0.9, 0.99)
 WARMUP = 0.1  # share of the steps
 MOST_IMAGES, MOST_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
 HELD_OUT = 8  # one image in so many is held out
+TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
 SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
 CONTRAST, BRIGHTNESS = (
@@ -61,7 +62,7 @@ def polish(
     min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
     is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
     network there is the dense network's answer, whatever it is). Both networks are in eval mode.
-    One calibration image in eight is held out, and looked at as it is: where KL(dense || net) has doubled half-way, or is
+    One calibration image in eight is held out, and looked at as it is: where KL(dense || net) at temperature 4 has doubled half-way, or is
     no less at the end than at the start, the weights come back and a lower learning rate is tried; after the lowest they
     stay as they were.
     On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
@@ -127,11 +128,11 @@ class _Descent:
         _sum_gradients(self.parameters, self.reduce)
 
     def _divergence(self) -> float:
-        """KL(dense || net), summed over the held out images of all processes."""
+        """KL(dense || net) of logits / `TEMPERATURE`, summed over the held out images of all processes."""
         total = torch.zeros(1, dtype=torch.float64, device=self.own.images.device)
         with torch.no_grad():
             for images, target in zip(self.held_out, self.targets):
-                given, found = target.double().log_softmax(1), self._logits(images).double().log_softmax(1)
+                given, found = ((z.double() / TEMPERATURE).log_softmax(1) for z in (target, self._logits(images)))
                 total += F.kl_div(found, given, reduction="sum", log_target=True)
         return float(self.reduce(total))
 

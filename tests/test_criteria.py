@@ -121,7 +121,9 @@ def test_a_channel_that_nobody_reads_scores_zero(name, exact):
     subject = subject_for(name)
     weight = subject.state["block1.conv2.weight"].clone().index_fill_(1, torch.tensor([2]), 0)
     scores = CRITERIA[name](changed(subject, block1__conv2__weight=weight))["block1.conv1"]
-    assert scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()  # 0 but for rounding, and what an iteration leaves
+    assert (
+        scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
+    )  # 0 but for rounding, and what an iteration leaves
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("random", "magnitude", "hive-paper")])
@@ -134,7 +136,9 @@ def test_a_channel_that_is_always_zero_scores_zero(name, exact):
     dead = torch.tensor([2])
     tensors = {key: subject.state[key].clone().index_fill_(0, dead, 0) for key in DEAD}
     scores = CRITERIA[name](changed(subject, **tensors))["block1.conv1"]
-    assert scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()  # 0 but for rounding, and what an iteration leaves
+    assert (
+        scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
+    )  # 0 but for rounding, and what an iteration leaves
 
 
 DEAD = ("block1.conv1.weight", "block1.bn1.weight", "block1.bn1.bias", "block1.bn1.running_mean")
