@@ -237,27 +237,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "camphive-paper": {
         **{"criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic", "threshold": "percentile"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", "distillation": 0.0, "polish_steps": 0},
     },
     "camphive-paper-weights": {
         **{"granularity": "weight", "criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic"},
         "distillation": 0.0,
+        "polish_steps": 0,
     },
     "hap": {
         **{"criterion": "hap", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", "distillation": 0.0, "polish_steps": 0},
     },
     "sosp-h": {
         **{"criterion": "sosp-h", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", "distillation": 0.0, "polish_steps": 0},
     },
     "sosp-i": {
         **{"criterion": "sosp-i", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", "distillation": 0.0, "polish_steps": 0},
     },
     "group-fisher": {
         **{"criterion": "fisher", "merge": "none", "threshold": "adaptive"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", "distillation": 0.0, "polish_steps": 0},
     },
 }
 _CUTTING = ("target_macs", "cycles", "threshold", "scope", "round_to", "min_channels")  # no part in zeroing weights

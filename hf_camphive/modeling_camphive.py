@@ -144,8 +144,9 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Att
     """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
 
     A resized tensor holds the leading corner of the old one and zeros beyond it: load the weights next. Layers that
-    are not named stay as they are. `attributes` are numbers that modules hold besides (num_heads). The widths that timm networks tell about themselves (num_features,
-    head_hidden_size, feature_info) are brought up to date by one forward pass on the meta device.
+    are not named stay as they are. `attributes` are numbers that modules hold besides (num_heads). The widths that timm
+    networks tell about themselves (num_features, head_hidden_size, feature_info) are brought up to date by one forward
+    pass on the meta device.
 
     A convolution becomes an `ImplantedConv2d` where the widths name its `reads` or `makes`.
 
@@ -246,7 +247,9 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
         pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
         pretrained_cfg["input_size"] = [_input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
-        shape = {"widths": widths_of(net), "shortcuts": shortcuts_of(net), "attributes": attributes_of(net)}
+        shape: dict[str, Any] = {"widths": widths_of(net), "shortcuts": shortcuts_of(net)}
+        if attributes := attributes_of(net):
+            shape["attributes"] = attributes
         config = cls.config_class(
             num_labels=net.num_classes,
             num_features=net.num_features,

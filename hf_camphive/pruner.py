@@ -105,6 +105,11 @@ class CampHiVePruner:
         return trace, int(self._targets(network).get("macs", network.macs))
 
     @property
+    def _cuts(self) -> bool:
+        """Whether channels are cut; single weights are zeroed otherwise, and stay zero."""
+        return self.config.granularity == "channel"
+
+    @property
     def finished(self) -> bool:
         """Whether all cycles are done, or earlier ones left nothing to do: a branch that goes whole may save more."""
         return len(self.plans) >= self.config.cycles or self._budgets_met()
@@ -228,7 +233,7 @@ class CampHiVePruner:
             self._evaluate("dense", self.net, loader, split)
             self._keep(work, loaders, command)
         memory = IterationMemory(work, self.accelerator.is_main_process) if work else None
-        to_polish = self.config.polish_steps > 0 and "polished" not in self.stages
+        to_polish = bool(self.config.polish_steps) and self._cuts and "polished" not in self.stages
         if len(self.plans) < self.config.cycles or to_polish:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)
@@ -409,7 +414,7 @@ class CampHiVePruner:
         for cost, target in asked.items():
             if target >= dense[cost]:
                 raise PlanError(
-                    f"the budget of {format_cost(cost, target)} is no less than the network's {dense[cost]:,.4g}; lower it"
+                    f"the budget of {format_cost(cost, target)} is no less than the network's {format_cost(cost, dense[cost])}; lower it"
                 )
             if least[cost] > target:
                 raise PlanError(

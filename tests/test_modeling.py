@@ -217,7 +217,7 @@ def test_a_network_of_plain_torch_can_be_resized():
 @pytest.mark.parametrize(
     "widths,message",
     [
-        ({"layer9.conv": [1]}, "layer9.conv"),
+        ({"layer9.conv": [1]}, "no module .layer9"),
         ({"act1": [3]}, "act1 is a ReLU"),
         ({"layer1.0.conv1": [64, 64, 5, 5]}, "layer1.0.conv1: weight shape"),
         ({"layer1.0.conv1": [64, 64]}, "layer1.0.conv1: weight shape"),

@@ -282,7 +282,7 @@ def test_calibration_that_cannot_serve(batches, message):
             0.001,
             r"below the smallest that the floors allow, [\d,]+ MACs per image \(\d+\.\d%\); raise target_macs, or set scope to all",
         ),
-        (1.0, "no less than the network's 10,203,776; lower it"),
+        (1.0, "no less than the network's 10,203,776 MACs per image; lower it"),
         (20_000_000, "no less than the network's"),
     ],
 )
@@ -497,7 +497,7 @@ def killed(tmp_path_factory) -> Path:
     ("changes", "message"),
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
-        ({"target_macs": 0.4}, "target_macs: 0.5 then, 0.4 now"),
+        ({"target_macs": 0.4}, "target_macs: None then, 0.4 now"),
         ({"learning_rate": 0.1, "cycles": 3}, "cycles: 2 then, 3 now; learning_rate: 0.005 then, 0.1 now"),
     ],
     ids=str,
