@@ -8,11 +8,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from no_training import NETWORKS, loaders_of
+from networks import NETWORKS, loaders_of
 from torch import Tensor, nn
 
 from hf_camphive import load_base
-from hf_camphive.curvature import Curvature, gate_curvature, weight_curvature
+from hf_camphive.curvature import Curvature, gate_curvature, network_curvature
 from hf_camphive.gates import gate_space
 from hf_camphive.graph import named_tensors
 from hf_camphive.tracing import Trace, trace_network
@@ -60,7 +60,7 @@ class Case:
 
     def weight_curvature(self, matrix: str = "hessian") -> Curvature:
         """H or J^T R J over all weights, the images in one batch."""
-        return weight_curvature(self.net, [(self.images, self.labels)], matrix)[0]
+        return network_curvature(self.net, [(self.images, self.labels)], matrix)[0]
 
     def gradient(self) -> tuple[Tensor, ...]:
         """The ordinary gradient in all weights, of the module as it is."""
@@ -88,7 +88,7 @@ def load_case(network: str, count: int, data: Path | None, device: str) -> Case:
 
 
 def _network(name: str, data: Path | None) -> tuple[nn.Module, str]:
-    stem = WEIGHTS.get(name) or (NETWORKS[_kept(name)][1] if _kept(name) else None)
+    stem = WEIGHTS.get(name) or (NETWORKS[_kept(name)].weights if _kept(name) else None)
     file = data and stem and data / "weights" / f"{stem}.safetensors"
     if file and file.exists():
         return load_base(name, str(file)).net, "trained"
@@ -97,11 +97,13 @@ def _network(name: str, data: Path | None) -> tuple[nn.Module, str]:
 
 def _images(name: str, count: int, data: Path | None, net: nn.Module) -> tuple[Tensor, Tensor, str]:
     key = _kept("cifar_resnet56" if name.startswith("cifar_") else name)
-    if data and key and (data / NETWORKS[key][2]).is_dir():
+    if data and key and (data / NETWORKS[key].dataset).is_dir():
         images, labels = (torch.cat(parts)[:count] for parts in zip(*_batches(key, data, count)))
         if len(images) < count:
-            raise SystemExit(f"{data / NETWORKS[key][2]} has {len(images)} calibration images; {count} were asked for")
-        return images, labels, f"real images ({NETWORKS[key][2]})"
+            raise SystemExit(
+                f"{data / NETWORKS[key].dataset} has {len(images)} calibration images; {count} were asked for"
+            )
+        return images, labels, f"real images ({NETWORKS[key].dataset})"
     return (
         torch.randn(count, *net.pretrained_cfg["input_size"]),
         torch.randint(net.num_classes, (count,)),
@@ -118,5 +120,5 @@ def _batches(key: str, data: Path, count: int) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _kept(network: str) -> str | None:
-    """The network's name in the benchmark without training, "resnet18 (10 classes)" for "resnet18"."""
-    return next((key for key in NETWORKS if key.split()[0] == network), None)
+    """The name under which the data folder has a trained network of this architecture."""
+    return next((key for key, kept in NETWORKS.items() if kept.architecture == network), None)

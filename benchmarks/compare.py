@@ -15,11 +15,10 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 
-from datasets import ClassLabel, load_dataset
+from networks import NETWORKS, Network, folder_of
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
@@ -31,25 +30,6 @@ from hf_camphive.results import Cell, Results, Summary, by_ratio
 DOCS = Path(__file__).parent.parent / "docs"
 DEFAULT = CampHiVeConfig()
 PEERS = [f"tp-{name}{scope}" for scope in ("", "-all") for name in ("magnitude", "group-norm", "lamp", "taylor")]
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of the data folder, with the images and budgets that it is compared at."""
-
-    architecture: str
-    weights: str
-    dataset: str
-    calibration_size: int
-    ratios: tuple[float, ...]
-    ablated_at: float | None = None
-
-
-NETWORKS = {
-    "cifar_resnet56": Network("cifar_resnet56", "cifar10_resnet56", "cifar10", 1024, (1.5, 2.1, 2.6, 4.2), 2.1),
-    "mobilenetv2_100": Network("mobilenetv2_100", "imagenet_mobilenetv2_100", "imagenet_sample", 512, (1.2, 1.5)),
-    "resnet18_10_classes": Network("resnet18", "imagenette_resnet18", "imagenette", 512, (1.2, 1.5)),
-}
 
 
 def reach(network: Network) -> tuple[Cell, ...]:
@@ -100,8 +80,7 @@ def open_comparison(
     trained = f"_{options.polish_steps}_steps" if options.polish_steps != DEFAULT.polish_steps else ""
     trained += f"_{options.epochs:g}_epochs" if options.epochs else ""
     base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
-    folder = options.data / network.dataset
-    dataset = ten_classes(folder) if network.dataset == "imagenette" else str(folder)
+    dataset = folder_of(network, options.data)
     return Comparison(
         base,
         CampHiVeConfig(num_train_epochs=options.epochs, polish_steps=options.polish_steps),
@@ -110,19 +89,6 @@ def open_comparison(
         data={"dataset": network.dataset, "max_eval_samples": options.max_eval_samples},
         methods=methods,
     )
-
-
-def ten_classes(folder: Path) -> str:
-    """Imagenette with labels 0 to 9 in place of their ImageNet indices, which is how its ResNet-18 was trained."""
-    splits = load_dataset(str(folder))
-    indices = sorted(set(splits["train"]["label"]))
-    labels = ClassLabel(names=[str(index) for index in indices])
-    target = Path(mkdtemp(prefix="imagenette10-"))
-    for split, rows in splits.items():
-        numbers = [indices.index(i) for i in rows["label"]]
-        rows = rows.remove_columns("label").add_column("label", numbers).cast_column("label", labels)
-        rows.to_parquet(str(target / f"{split}-00000-of-00001.parquet"))
-    return str(target)
 
 
 def page(results: Path) -> str:

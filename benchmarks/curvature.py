@@ -2,7 +2,7 @@
 
     python benchmarks/curvature.py --data FOLDER --threads 1
 
-FOLDER is that of no_training.py; without it images and weights are random, which the results say. All contestants of a
+FOLDER is that of compare.py; without it images and weights are random, which the results say. All contestants of a
 section run in one process on the same network, batch, threads and memory format, in turns; a ratio is the median over
 rounds of ratios within a round. A section that stands in the results is not run again, unless with --again.
 Peers: pip install "hf_camphive[benchmarks]".

@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from no_training import NETWORKS, RESULTS, loaders_of
+from networks import NETWORKS, loaders_of
 from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base
@@ -127,7 +127,7 @@ def keep(results: Path, rows: dict[str, dict]) -> None:
 
 def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     """The network of a row, and what is known of it before it is timed."""
-    architecture, weights, _, _ = NETWORKS[NETWORK]
+    architecture, weights = NETWORKS[NETWORK].architecture, NETWORKS[NETWORK].weights
     base = load_base(architecture, str(data / "weights" / f"{weights}.safetensors"))
     loaders = loaders_of(NETWORK, data, 0)
     began, extra = time.perf_counter(), {}
