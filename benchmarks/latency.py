@@ -36,6 +36,7 @@ from hf_camphive.folding import fold_batchnorm
 from hf_camphive.report import count_macs, count_parameters, environment, measure_latency
 from hf_camphive.training import evaluate_accuracy, make_accelerator, recalibrate_batchnorm
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 NETWORK, SIZE, BATCHES = "cifar_resnet56", (3, 32, 32), (1, 32)
 ENGINES = ("torch", "torch folded", "onnxruntime")
 
