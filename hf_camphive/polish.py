@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
-from .training import Precision, at_least_fp32, autocast, channels_last, warmup_cosine
+from .precision import Precision, at_least_fp32, autocast, channels_last
+from .training import warmup_cosine
 
 LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
 BETAS = (0.9, 0.99)
@@ -26,10 +27,8 @@ HELD_OUT = 8  # one image in so many is held out
 TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
 SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
-CONTRAST, BRIGHTNESS = (
-    0.4,
-    0.4,
-)  # contrast changes by up to this factor, brightness by up to this many standard deviations
+CONTRAST = 0.4  # contrast changes by up to this factor
+BRIGHTNESS = 0.4  # brightness by up to so many standard deviations
 Reduce = Callable[[Tensor], Tensor]
 
 

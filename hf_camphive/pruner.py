@@ -38,18 +38,12 @@ from .plan import Budget, PrunePlan, format_cost
 from .planning import Budgeted, Part, how_to_reach_lower, make_plan, smallest
 from .plots import draw_plots
 from .polish import polish
+from .precision import polish_precision
 from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
 from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
-from .training import (
-    evaluate_accuracy,
-    finetune,
-    make_accelerator,
-    polish_precision,
-    recalibrate_batchnorm,
-    train_head,
-)
+from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)

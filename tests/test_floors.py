@@ -25,7 +25,7 @@ FLOORS = {
         *("reconstruction", "merging"),
         *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
     ],
-    3: ["data", "models", "training", "polish", "hub"],
+    3: ["data", "models", "precision", "training", "polish", "hub"],
     4: ["resume", "pruner", "comparison"],
     5: ["cli"],
 }

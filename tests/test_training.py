@@ -20,11 +20,12 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from hf_camphive import precision as precisions
 from hf_camphive import training
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import ConfigError, DataError, TrainingError
+from hf_camphive.precision import choose_precision
 from hf_camphive.training import (
-    choose_precision,
     classification_loss,
     evaluate_accuracy,
     finetune,
@@ -476,7 +477,7 @@ def fake_clock(monkeypatch, bf16: float):
         calls.append((precision, len(batch["labels"])))
         return 1.0 if precision == "no" else bf16
 
-    monkeypatch.setattr(training, "_step_seconds", seconds)
+    monkeypatch.setattr(precisions, "_step_seconds", seconds)
     return calls
 
 
@@ -493,10 +494,10 @@ def test_the_faster_precision_is_chosen(monkeypatch, bf16, choice):
 def test_auto_probes_without_touching_anything(accelerator, monkeypatch):
     net, expected = Net(), Net()
     finetune(expected, loaders(), CONFIG, accelerator)
-    monkeypatch.setattr(training, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(precisions, "WORTHWHILE", 0.0)
     log = finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator)
     assert log.mixed_precision == "no" and same(net, expected)
-    monkeypatch.setattr(training, "WORTHWHILE", math.inf)
+    monkeypatch.setattr(precisions, "WORTHWHILE", math.inf)
     assert finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator).mixed_precision == "bf16"
 
 
