@@ -92,7 +92,9 @@ class CampHiVeConfig:
     curvature: Literal["gauss-newton", "hessian"] = _option(
         "gauss-newton", "The matrix that `hive`, `hive-paper`, `hap` and `sosp-h` take for the loss's curvature."
     )
-    curvature_classes: int = _option(16, "Likeliest classes of an image that `gauss-newton` looks at (at most all).")
+    curvature_passes: int = _option(
+        2, "Backward passes an image for `gauss-newton`: unbiased from one on, exact with one less than classes."
+    )
     num_eigenpairs: int = _option(8, "Eigenpairs that `hive` uses.")
     eigensolver: Literal["lanczos", "power"] = _option(
         "lanczos", "Lanczos with full reorthogonalisation, or the paper's power iteration, which needs more products."
@@ -272,7 +274,7 @@ _AT_LEAST_ONE = (
     "hutchinson_probes",
     "power_steps",
     "curvature_images",
-    "curvature_classes",
+    "curvature_passes",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

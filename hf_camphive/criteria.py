@@ -123,19 +123,16 @@ def _hessian(evidence: Evidence) -> Curvature:
 
 
 def _gauss_newton(evidence: Evidence) -> Curvature:
-    """The Gauss-Newton matrix by its factor: a backward pass a class, and eigenpairs for nothing."""
+    """The Gauss-Newton matrix by its factor: a few backward passes, and eigenpairs for nothing."""
     batches, total = evidence.curvature_batches()
-    trace, gates = evidence.trace, evidence.gates
-    classes = min(evidence.config.curvature_classes, trace.graph.logits.meta["val"].shape[-1])
-    rows, shares = [], torch.zeros((), dtype=torch.float64)
-    for images, _ in tqdm(batches, "Score (hive)", unit="batch", disable=not evidence.progress, leave=False):
-        factor, share = gauss_newton_factor(trace, evidence.state, gates, images, classes)
-        rows.append(factor)
-        shares += share.sum().cpu()
-    logger.info(
-        "hive: %d classes hold %.1f %% of the softmax's curvature", classes, 100 * evidence.reduce(shares) / total
-    )
-    return factored_curvature(rows, gates.size, total, reduce=evidence.reduce)
+    signs, passes = evidence.signs(), evidence.config.curvature_passes
+    rows = []
+    for (images, _), numbers in zip(
+        tqdm(batches, "Score (hive)", unit="batch", disable=not evidence.progress, leave=False), evidence.indices
+    ):
+        drawn = signs[numbers[: len(images)].cpu()].to(images.device)
+        rows.append(gauss_newton_factor(evidence.trace, evidence.state, evidence.gates, images, passes, drawn))
+    return factored_curvature(rows, evidence.gates.size, total, reduce=evidence.reduce)
 
 
 def magnitude(evidence: Evidence) -> Scores:

@@ -3,8 +3,8 @@
 A `Curvature` maps a block of vectors V [n, k] to A V, A the mean over calibration images, and so feeds every solver of
 `spectrum.py` and `traces.py`. In gate space a product differentiates twice in reverse: convolutions are linear and their
 weights stay put, so a pass forward and one back serve all k vectors, and each vector needs one more of both. In weight
-space it is forward over reverse. Small nets of classes have a third way: J^T R J in gate space has the explicit factor
-of `gauss_newton_factor`, one backward pass a class, after which products cost nothing.
+space it is forward over reverse. J^T R J in gate space has a third way: the explicit factor of `gauss_newton_factor`, of
+one backward pass or a few, after which products cost nothing.
 """
 
 import logging
@@ -167,29 +167,44 @@ def network_curvature(
 
 
 def gauss_newton_factor(
-    trace: Trace,
-    state: Mapping[str, Tensor],
-    gates: GateSpace,
-    images: Tensor,
-    classes: int,
-) -> tuple[Tensor, Tensor]:
-    """Rows Z [classes * N, S] with Z^T Z = J^T R J summed over a batch, and the share of trace(R) that they hold [N].
+    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, passes: int, signs: Tensor
+) -> Tensor:
+    """Rows Z [passes * N, S] with E[Z^T Z] = J^T R J summed over a batch: one backward pass for each `softmax_factor`.
 
-    R = sum_c p_c (e_c - p)(e_c - p)^T over all classes c, so one backward pass with the cotangent sqrt(p_c) (e_c - p)
-    gives class c's row of every image. Of each image the likeliest `classes` are taken: all of them make it exact, fewer
-    leave out what the network all but rules out.
+    R = diag(p) - p p^T is the Hessian of the cross-entropy in the logits; for random signs [N, K] see there.
     """
-    shares = []
 
-    def cotangent(logits: Tensor, rank: int) -> Tensor:
-        p = logits.double().softmax(1)
-        chosen = p.argsort(dim=1, descending=True, stable=True)[:, rank]
-        z = (F.one_hot(chosen, p.shape[1]) - p) * p.gather(1, chosen[:, None]).sqrt()
-        shares.append(z.square().sum(1) / (1 - p.square().sum(1)).clamp_min(torch.finfo(p.dtype).tiny))
-        return z
+    def cotangent(logits: Tensor, number: int) -> Tensor:
+        return softmax_factors(logits, signs, passes)[number]
 
-    rows = gate_gradients(trace, state, gates, images, *(partial(cotangent, rank=rank) for rank in range(classes)))
-    return rows.reshape(-1, gates.size), torch.stack(shares).sum(0)
+    cotangents = [partial(cotangent, number=number) for number in range(min(passes, signs.shape[1] - 1))]
+    return gate_gradients(trace, state, gates, images, *cotangents).reshape(-1, gates.size)
+
+
+def softmax_factors(logits: Tensor, signs: Tensor, count: int) -> Tensor:
+    """Vectors z [min(count, K - 1), N, K] with E[sum z z^T] = diag(p) - p p^T, for the softmax p of logits [N, K].
+
+    They are the columns of its Cholesky factor with the likeliest class first: what tells class c from those after it. With
+    s_c the probability of class c and all after it, and j any of these,
+
+        z_c = sqrt(p_c s_(c+1) / s_c),   z_j = -p_j sqrt(p_c / (s_c s_(c+1)))
+
+    Where there are more columns than `count`, the last vector stands for all of them that are left: `curvature_cotangent`
+    among their classes, times the root of the probability of these.
+    """
+    p, classes = logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
+    columns = count - 1 if count < p.shape[1] - 1 else p.shape[1] - 1
+    tiny = torch.finfo(p.dtype).tiny
+    vectors = torch.zeros(min(count, p.shape[1] - 1), *p.shape, dtype=p.dtype, device=p.device)
+    for c in range(columns):
+        rest = p[:, c + 1 :].sum(1)
+        vectors[c, :, c] = (p[:, c] * rest / (p[:, c] + rest).clamp_min(tiny)).sqrt()
+        vectors[c, :, c + 1 :] = -p[:, c + 1 :] * (vectors[c, :, c] / rest.clamp_min(tiny))[:, None]
+    if columns < len(vectors):
+        rest = p[:, columns:].sum(1, keepdim=True)
+        signed = _signed(p[:, columns:] / rest.clamp_min(tiny), signs.gather(1, classes)[:, columns:])
+        vectors[columns, :, columns:] = signed * rest.sqrt()
+    return torch.zeros_like(vectors).scatter(2, classes.expand_as(vectors), vectors)
 
 
 def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options) -> Curvature:
@@ -212,7 +227,10 @@ def curvature_cotangent(logits: Tensor, signs: Tensor, temperature: float = 1.0)
     Like drawing a label from the model (z = p - onehot(y), Martens 2020, section 5) it gives R in expectation; but where
     the model is sure, a drawn label is nearly always the same one and says nothing. p = softmax(logits / temperature).
     """
-    p = (logits.double() / temperature).softmax(1)
+    return _signed((logits.double() / temperature).softmax(1), signs)
+
+
+def _signed(p: Tensor, signs: Tensor) -> Tensor:
     s = p.sqrt() * signs
     return s - p * s.sum(1, keepdim=True)
 

@@ -1,5 +1,6 @@
 """Products with the curvature of the loss against dense matrices, over gates and over weights, and what is refused."""
 
+import itertools
 import logging
 
 import pytest
@@ -19,6 +20,7 @@ from hf_camphive.curvature import (
     gauss_newton_factor,
     label_cotangent,
     network_curvature,
+    softmax_factors,
 )
 from hf_camphive.errors import CurvatureError
 from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
@@ -139,32 +141,42 @@ def test_products_are_symmetric_linear_and_the_same_for_any_batches(matrix):
     torch.testing.assert_close(gate_curvature(trace, state, gates, split, matrix)(v), product, rtol=1e-11, atol=1e-13)
 
 
-def test_the_factor_with_all_classes_is_the_gauss_newton_matrix():
+def all_signs(classes: int) -> list[Tensor]:
+    return [torch.tensor(signs) for signs in itertools.product((1, -1), repeat=classes)]
+
+
+def test_the_factor_with_a_pass_less_than_classes_is_the_gauss_newton_matrix():
     trace, state, gates, x, labels = case(ToyResNet())
-    rows, share = gauss_newton_factor(trace, state, gates, x, classes=3)
     expected = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
+    rows = gauss_newton_factor(trace, state, gates, x, 2, torch.ones(len(x), 3))
     torch.testing.assert_close(rows.T @ rows / len(x), expected, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-12, atol=0)
+    more = gauss_newton_factor(trace, state, gates, x, 7, torch.ones(len(x), 3))
+    torch.testing.assert_close(more, rows, rtol=0, atol=0)
     parts = [rows[:4], rows[4:]]
     v = block(gates.size)
     torch.testing.assert_close(factored_curvature(parts, gates.size, len(x))(v), expected @ v, rtol=1e-10, atol=1e-13)
 
 
-def test_the_factor_with_few_classes_leaves_out_the_unlikely_ones():
+def test_the_factor_of_one_pass_is_the_gauss_newton_matrix_on_average():
     trace, state, gates, x, labels = case(ToyResNet())
-    matrix = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
-    p = trace.graph.run(state, x)[0].softmax(1)
-    before = torch.zeros(len(x), dtype=torch.float64)
-    for classes in (1, 2):
-        rows, share = gauss_newton_factor(trace, state, gates, x, classes)
-        left = torch.linalg.eigvalsh(matrix - rows.T @ rows / len(x))
-        assert left.min() > -1e-12 and left.max() > 1e-6
-        assert (share > before).all() and (share < 1).all()
-        before = share
-    top = p.argmax(1)
-    z = F.one_hot(top, 3) - p
-    expected = p.amax(1) * z.square().sum(1) / (1 - p.square().sum(1))
-    torch.testing.assert_close(gauss_newton_factor(trace, state, gates, x, 1)[1], expected, rtol=1e-12, atol=0)
+    factors = [gauss_newton_factor(trace, state, gates, x, 1, signs.expand(len(x), 3)) for signs in all_signs(3)]
+    assert all(len(rows) == len(x) for rows in factors)
+    mean = sum(rows.T @ rows for rows in factors) / len(factors) / len(x)
+    expected = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
+    torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-13)
+    assert (factors[0].T @ factors[0] / len(x) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("p", [[0.7, 0.1, 0.2, 0.0], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.5]])
+def test_softmax_factors_have_the_curvature_of_the_softmax(p, count):
+    p = torch.tensor(p, dtype=torch.float64)
+    logits = p.clamp_min(1e-300).log()
+    found = torch.stack([softmax_factors(logits[None], signs[None], count)[:, 0] for signs in all_signs(4)])
+    assert found.shape == (16, min(count, 3), 4)
+    mean = torch.einsum("szk,szl->kl", found, found) / len(found)
+    torch.testing.assert_close(mean, torch.diag(p) - torch.outer(p, p), rtol=1e-12, atol=1e-15)
+    assert (count >= 3) == bool((found == found[:1]).all()) or p.max() == 1
 
 
 def test_per_image_gate_gradients_equal_a_loop_over_images():
