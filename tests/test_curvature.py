@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import Chain, ToyResNet, images, randomise
 
+from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.curvature import (
     curvature_cotangent,
     factored_curvature,
@@ -381,3 +383,27 @@ def test_batches_of_a_loader_may_be_dictionaries():
     found, space = network_curvature(net, loader)
     expected, _ = network_curvature(net, [(x, labels)])
     torch.testing.assert_close(found(block(space.size)), expected(block(space.size)), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.realdata
+def test_the_top_eigenvalue_of_real_weights_is_that_of_pyhessian():
+    """ResNet-56 and CIFAR-10: the same 32 images, theirs by power iteration, ours by Lanczos."""
+    pyhessian = pytest.importorskip("pyhessian", reason='needs pip install "hf_camphive[benchmarks]"')
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    weights = folder / "weights" / "cifar10_resnet56.safetensors"
+    if not weights.exists():
+        pytest.skip("the CIFAR-10 ResNet-56 and its images are not beside the project")
+    base = load_base("cifar_resnet56", str(weights))
+    batch = next(
+        iter(load_loaders(str(folder / "cifar10"), base.net, CampHiVeConfig(calibration_size=32)).calibration)
+    )
+    images, labels = batch["pixel_values"], batch["labels"]
+    net = base.net.eval()
+    product, space = network_curvature(net, [(images, labels)])
+    generator = torch.Generator().manual_seed(0)
+    ours = lanczos(product, space.size, 1, steps=60, tolerance=1e-3, generator=generator)
+    theirs = pyhessian.hessian(net, nn.CrossEntropyLoss(), data=(images, labels), cuda=False)
+    torch.manual_seed(0)
+    (value,), _ = theirs.eigenvalues(maxIter=200, tol=1e-5)
+    assert ours.converged, ours.verdict
+    assert float(ours.values[0]) == pytest.approx(value, rel=0.01)
