@@ -28,6 +28,10 @@ Matrix = Literal["hessian", "gauss-newton"]
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
 Point = tuple[Tensor, ...]  # where the loss is differentiated: all gates, or some weights
 Logits = Callable[[Point, Tensor], Tensor]
+GATE_PARTS, WEIGHT_PARTS = (
+    2,
+    4,
+)  # of a batch: a product holds up to three, or up to five times what a training step does
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Curvature:
     """A V [n, k] (or A v [n]) for the mean curvature A over `total` images, of which this process holds `batches`.
 
     `multiply(images, labels, V)` is the sum over a batch. `reduce` sums a tensor over processes, once a product; all of
-    them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way.
+    them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way; each
+    batch is multiplied in so many `parts`, which bounds memory: a product holds several times what a gradient does.
     """
 
     size: int
@@ -44,14 +49,16 @@ class Curvature:
     total: int
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     progress: bool = False
+    parts: int = 1
 
     def __call__(self, vectors: Tensor) -> Tensor:
         block = vectors[:, None] if vectors.dim() == 1 else vectors
         total = torch.zeros(block.shape, dtype=torch.float64)
         for images, labels in tqdm(self.batches, "Product", unit="batch", disable=not self.progress, leave=False):
-            with torch.autocast(images.device.type, enabled=False):
-                product = self.multiply(images, labels, block.to(images.device, images.dtype))
-            total += product.detach().cpu().double()
+            right = block.to(images.device, images.dtype)
+            for part in zip(images.chunk(self.parts), labels.chunk(self.parts)):
+                with torch.autocast(images.device.type, enabled=False):
+                    total += self.multiply(*part, right).detach().cpu().double()
         return (self.reduce(total) / self.total).to(vectors).view_as(vectors)
 
 
@@ -69,7 +76,7 @@ def gate_curvature(
         run = gated_run(trace, state, gates, images)
         return (_gate_hessian if matrix == "hessian" else _gate_gauss_newton)(run, labels, block)
 
-    return Curvature(gates.size, multiply, batches, **_counted(batches, options))
+    return Curvature(gates.size, multiply, batches, **_counted(batches, {"parts": GATE_PARTS, **options}))
 
 
 def _gate_hessian(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ def weight_curvature(
             logger.info("differentiating twice in reverse, since forward over reverse failed: %s", error)
         return torch.stack([space.join(v) for v in products], dim=1)
 
-    return Curvature(space.size, multiply, batches, **_counted(batches, options)), space
+    return Curvature(space.size, multiply, batches, **_counted(batches, {"parts": WEIGHT_PARTS, **options})), space
 
 
 def network_curvature(

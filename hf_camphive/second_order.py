@@ -5,7 +5,7 @@ those that write it, depthwise kernels included; HAP's and CAMP-HiVe's scores lo
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 
 import torch
@@ -86,10 +86,14 @@ def sosp_i(evidence: Evidence) -> Scores:
     gradient = torch.zeros(gates.size, dtype=torch.float64)
     for gradients in evidence.label_gradients("Score (sosp-i), gradient"):
         gradient += gradients.sum(0).cpu()
-    matrix = torch.zeros(gates.size, gates.size, dtype=torch.float32)
-    for gradients in evidence.model_gradients("Score (sosp-i), matrix"):
-        matrix += (gradients.mT @ gradients).to(matrix)
-    gradient, matrix = (evidence.reduce(total) / evidence.total for total in (gradient, matrix))
+    rows = torch.zeros(evidence.total, gates.size)
+    for gradients, numbers in zip(evidence.model_gradients("Score (sosp-i), matrix"), evidence.indices):
+        rows[numbers.cpu()] = gradients.float().cpu()
+    gradient, rows = evidence.reduce(gradient) / evidence.total, evidence.reduce(rows) / evidence.total**0.5
+
+    def row(s: int) -> Tensor:
+        return (rows[:, s] @ rows).abs()
+
     costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.ones(gates.size, dtype=torch.bool)
     exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
     for group in _free(evidence.trace):
@@ -97,22 +101,24 @@ def sosp_i(evidence: Evidence) -> Scores:
         candidates[where] = group.name not in exterior
         if evidence.config.threshold == "adaptive":
             costs[where] = max(1, _macs_of_a_channel(evidence, group))
-    return gates.split(greedy_marginals(gradient.abs(), matrix.abs(), costs, candidates))
+    alone = gradient.abs() + 0.5 * rows.double().square().sum(0)
+    return gates.split(greedy_marginals(alone, row, costs, candidates))
 
 
-def greedy_marginals(first: Tensor, matrix: Tensor, costs: Tensor, candidates: Tensor) -> Tensor:
-    """What each structure adds to sum_{s in M} first_s + 1/2 sum_{s, s' in M} matrix_ss' when greedily it joins M, [S].
+def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor, candidates: Tensor) -> Tensor:
+    """What each structure adds to sum_{s in M} first_s + 1/2 sum_{s, s' in M} G_ss' when greedily it joins M, [S].
 
-    Next to join is the least marginal per cost, first_s + 1/2 matrix_ss + sum_{s' in M} matrix_ss' over costs_s, among
-    the candidates (others never join, and have the marginal of the first to join). With entries that are not negative,
-    marginals per cost never fall along the way: sorting them gives the order back.
+    alone_s = first_s + 1/2 G_ss, and row(s) is row s of G. Next to join is the least marginal per cost,
+    alone_s + sum_{s' in M} G_ss' over costs_s, among the candidates (others never join, and have the marginal of the first
+    to join). With entries that are not negative, marginals per cost never fall along the way: sorting them gives the order
+    back. G is never held as a whole: it would take S^2 numbers.
     """
-    marginals = first + 0.5 * matrix.diagonal().to(first)
+    marginals = alone.clone()
     waiting = candidates.clone()
     for _ in range(int(candidates.sum())):
         chosen = int((marginals / costs).masked_fill(~waiting, inf).argmin())
         waiting[chosen] = False
-        marginals += matrix[chosen].to(first) * waiting
+        marginals += row(chosen).to(marginals) * waiting
     return marginals
 
 

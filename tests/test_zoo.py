@@ -23,7 +23,10 @@ from hf_camphive.tracing import trace_network
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).parent.parent / "benchmarks" / "zoo.py")
 zoo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(zoo)
-SAMPLE = ["resnet10t"]
+SAMPLE = [  # small ones of families that differ: residuals, gates, splits, shuffles of paths, groups, other norms, attention
+    *("resnet10t", "skresnet18", "resnest14d", "mobilenetv4_conv_small", "lcnet_050", "ghostnet_100", "regnety_004"),
+    *("repvgg_a0", "convnextv2_atto", "starnet_s1", "mobilevitv2_050", "efficientvit_b0"),
+]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
