@@ -254,8 +254,9 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     model, data = _parse("evaluate", arguments, ModelArguments, DataArguments)
 
+    from .evaluation import evaluate_accuracy
+    from .launch import make_accelerator
     from .report import Stage, environment, footprint, measure_latency, stages_table
-    from .training import evaluate_accuracy, make_accelerator
 
     config = CampHiVeConfig()
     base = _load(model)

@@ -29,7 +29,9 @@ from .config import CampHiVeConfig
 from .criteria import CRITERIA, Scores
 from .data import Loaders
 from .errors import ConfigError, OutputError, PlanError, TrainingError
+from .evaluation import evaluate_accuracy, recalibrate_batchnorm
 from .graph import named_tensors
+from .launch import make_accelerator
 from .merging import MERGE_RULES
 from .models import BaseModel
 from .plan import PrunePlan
@@ -38,7 +40,7 @@ from .pruner import CampHiVePruner
 from .report import Accuracy, count_macs, count_parameters, environment, format_share, published
 from .results import Cell, Results, Row, differences
 from .tracing import Trace
-from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm
+from .training import finetune
 
 logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"

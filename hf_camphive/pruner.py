@@ -27,11 +27,13 @@ from .config import CampHiVeConfig
 from .criteria import CRITERIA
 from .data import Loaders
 from .errors import ConfigError, ModelError, PlanError
+from .evaluation import evaluate_accuracy, recalibrate_batchnorm
 from .evidence import Evidence, Memory, Scores
 from .folding import fold_batchnorm
 from .graph import named_tensors
 from .implants import with_implants
 from .latency import LatencyTable, latency_parts
+from .launch import make_accelerator
 from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, load_base, replace_head
 from .plan import Budget, PrunePlan, format_cost
@@ -43,7 +45,7 @@ from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footpri
 from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
-from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm, train_head
+from .training import finetune, train_head
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)

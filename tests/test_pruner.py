@@ -19,18 +19,18 @@ from PIL import Image
 from torch import nn
 
 import hf_camphive
-from hf_camphive import hub, pruner, training
+from hf_camphive import checkpoints, hub, pruner, training
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, DataError, ModelError, OutputError, PlanError
+from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, count_parameters, measure_latency
 from hf_camphive.resume import IterationMemory
-from hf_camphive.training import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(
     calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0
@@ -423,7 +423,7 @@ KILLS = {
     "after the last cycle": (pruner, "save_progress", 3),
     "before finetuning": (pruner, "save_progress", 4),
     "in the first epoch": (training._Job, "run_epoch", 1),
-    "after the first epoch": (training._CheckpointStore, "save", 1),
+    "after the first epoch": (checkpoints.CheckpointStore, "save", 1),
     "after finetuning": (pruner, "finetune", 1),
 }
 

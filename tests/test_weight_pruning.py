@@ -9,7 +9,7 @@ import torch
 from test_criteria import subject_for
 from test_pruner import KILLS, Killed, digits, kill_after, pruned
 from test_training import CONFIG as TRAINING
-from test_training import Net, Stop, fresh_accelerator, interrupted, loaders  # noqa: F401
+from test_training import Net, interrupted, loaders
 
 import hf_camphive
 from hf_camphive import pruner
@@ -66,15 +66,6 @@ def test_each_tensor_loses_its_least_curved_weights():
 
 
 # Finetuning
-
-
-@pytest.fixture
-def accelerator():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield fresh_accelerator()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 SPARSE = replace(
