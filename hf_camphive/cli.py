@@ -172,7 +172,7 @@ def prune(arguments: Sequence[str]) -> None:
     if run.dry_run and (run.push_to_hub or run.resume):
         raise ConfigError("--dry-run only plans: there is nothing to push or to resume; leave that option out")
 
-    if run.dry_run and config.granularity == "weight":
+    if run.dry_run and not config.cuts_channels:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
     from .hub import check_output_folder, push_folder

@@ -136,7 +136,7 @@ class Comparison:
         """Raise `ConfigError` or `PlanError` where a cell cannot work; needs no data."""
         if not cells:
             raise ConfigError("there is nothing to compare; name at least one method, merge rule, ratio and seed")
-        if self.config.granularity != "channel":
+        if not self.config.cuts_channels:
             raise ConfigError("a comparison is at ratios of MACs, of which single weights save none; cut channels")
         for cell in cells:
             _choice("method", cell.method, {**CRITERIA, **self.methods})

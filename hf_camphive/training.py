@@ -88,7 +88,7 @@ def finetune(
         training_mode=True,
         teacher=teacher if config.distillation else None,
         description="Finetune",
-        keeps_zeros=config.granularity == "weight",
+        keeps_zeros=not config.cuts_channels,
     )
     store = None if checkpoint_dir is None else CheckpointStore(Path(checkpoint_dir), accelerator)
     return _train(run, loaders, config, accelerator, store, resume)

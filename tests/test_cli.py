@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, hub, pruner, report
+from hf_camphive import cli, hub, pruner, report, steps
 from hf_camphive.config import PRESETS, CampHiVeConfig
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, plans_from_json
@@ -170,7 +170,7 @@ def test_a_network_without_anything_to_prune(capsys, monkeypatch):
         trace = real(net, size)
         return replace(trace, groups=tuple(replace(group, frozen="nothing reads it") for group in trace.groups))
 
-    monkeypatch.setattr(pruner, "trace_network", all_frozen)
+    monkeypatch.setattr(steps, "trace_network", all_frozen)
     assert "no channel group of this network can be pruned" in refused(capsys)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import hf_camphive
-from hf_camphive import checkpoints, hub, pruner, training
+from hf_camphive import checkpoints, hub, pruner, steps, training
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
@@ -143,7 +143,7 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
         errors = [(job.net(images) - whole.dense(images)).square().mean() for job in (whole, rough)]
     assert errors[0] < 1.1 * errors[1]  # here there is little to win: a polish must not spoil it
     with monkeypatch.context() as patch:
-        patch.setattr(pruner, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+        patch.setattr(steps, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             pruned(config, work_dir=tmp_path / "work")
     resumed = pruned(config, work_dir=tmp_path / "work", resume=True)
@@ -419,7 +419,7 @@ def kill_after(monkeypatch, owner, name, count):
 KILLS = {
     "before the first cycle": (pruner, "save_progress", 1),
     "after the first cycle": (pruner, "save_progress", 2),
-    "before the second cycle is kept": (pruner, "apply_plan", 2),
+    "before the second cycle is kept": (steps, "apply_plan", 2),
     "after the last cycle": (pruner, "save_progress", 3),
     "before finetuning": (pruner, "save_progress", 4),
     "in the first epoch": (training._Job, "run_epoch", 1),
@@ -459,7 +459,7 @@ def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch):
         kill_after(patch, *KILLS["before finetuning"])
         with pytest.raises(Killed):
             pruned(TWO_CYCLES, work_dir=tmp_path / "work")
-    monkeypatch.setattr(pruner, "make_plan", lambda *a: pytest.fail("planned again"))
+    monkeypatch.setattr(steps, "make_plan", lambda *a: pytest.fail("planned again"))
     pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
 
 

@@ -12,7 +12,7 @@ from test_training import CONFIG as TRAINING
 from test_training import Net, interrupted, loaders
 
 import hf_camphive
-from hf_camphive import pruner
+from hf_camphive import pruner, steps
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
@@ -156,7 +156,7 @@ def test_a_killed_run_on_weights_keeps_its_zeros(finished, tmp_path, monkeypatch
         kill_after(patch, *KILLS["before finetuning"][:2], 2)
         with pytest.raises(Killed):
             pruned(WEIGHTS, work_dir=tmp_path / "work")
-    monkeypatch.setattr(pruner, "zero_weights", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(steps, "zero_weights", lambda *_: pytest.fail("scored again"))
     job = pruned(WEIGHTS, work_dir=tmp_path / "work", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(job.net.state_dict().values(), finished[0].net.state_dict().values()))
     assert job.report.notes == finished[0].report.notes
