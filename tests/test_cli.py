@@ -164,7 +164,7 @@ def test_datasets_that_lack_a_column(capsys, tables, folder, message):
 
 
 def test_a_network_without_anything_to_prune(capsys, monkeypatch):
-    real = pruner.trace_network
+    real = steps.trace_network
 
     def all_frozen(net, size):
         trace = real(net, size)

@@ -189,7 +189,7 @@ def test_calibration_images_follow_the_seed_and_are_never_tested_on(tmp_path):
 
 
 def datasets_of_digits():
-    from hf_camphive.data import digits as bundled
+    from hf_camphive.sources import digits as bundled
 
     return bundled()
 

@@ -26,16 +26,8 @@ FLOORS = {
         *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
     ],
     3: [
-        "data",
-        "models",
-        "launch",
-        "precision",
-        "evaluation",
-        "optimization",
-        "polish",
-        "checkpoints",
-        "training",
-        "hub",
+        *("splits", "sources", "data", "models", "launch", "precision", "evaluation"),
+        *("optimization", "polish", "checkpoints", "training", "hub"),
     ],
     4: ["resume", "steps", "pruner", "comparison"],
     5: ["cli"],
@@ -44,15 +36,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
 WITHIN = {module: i for modules in FLOORS.values() for i, module in enumerate(modules)}
 PRINTS = {"cli"}
-WRITES = {
-    "config",
-    "hub",
-    "resume",
-    "cli",
-    "comparison",
-    "checkpoints",
-    "latency",
-}  # checkpoints, and caches of timings
+WRITES = {"config", "hub", "resume", "cli", "comparison", "checkpoints", "latency"}  # and caches of timings
 DRAWS = {"plots"}  # figures into a folder that it is given
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 
