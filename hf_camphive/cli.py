@@ -255,8 +255,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     model, data = _parse("evaluate", arguments, ModelArguments, DataArguments)
 
     from .evaluation import evaluate_accuracy
+    from .footprint import footprint, measure_latency
     from .launch import make_accelerator
-    from .report import Stage, environment, footprint, measure_latency, stages_table
+    from .report import Stage, environment, stages_table
 
     config = CampHiVeConfig()
     base = _load(model)
@@ -289,8 +290,9 @@ def expand(arguments: Sequence[str]) -> None:
 
     from .expansion import Expansion
     from .expansion import expand as widen
+    from .footprint import count_macs, count_parameters
     from .hub import check_output_folder, save_expanded
-    from .report import count_macs, count_parameters, format_count, published
+    from .report import format_count, published
     from .surgery import check_groups
     from .tracing import trace_network
 

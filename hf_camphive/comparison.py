@@ -30,6 +30,7 @@ from .criteria import CRITERIA, Scores
 from .data import Loaders
 from .errors import ConfigError, OutputError, PlanError, TrainingError
 from .evaluation import evaluate_accuracy, recalibrate_batchnorm
+from .footprint import count_macs, count_parameters
 from .graph import named_tensors
 from .launch import make_accelerator
 from .merging import MERGE_RULES
@@ -37,7 +38,7 @@ from .models import BaseModel
 from .plan import PrunePlan
 from .plots import DPI, draw_comparison
 from .pruner import CampHiVePruner
-from .report import Accuracy, count_macs, count_parameters, environment, format_share, published
+from .report import Accuracy, environment, format_share, published
 from .results import Cell, Results, Row, differences
 from .tracing import Trace
 from .training import finetune

@@ -24,10 +24,11 @@ from .data import Loaders
 from .errors import ConfigError
 from .evaluation import evaluate_accuracy
 from .folding import fold_batchnorm
+from .footprint import footprint, measure_latency
 from .models import BaseModel, replace_head
 from .plan import PrunePlan
 from .plots import draw_plots
-from .report import Accuracy, GroupRow, PruneReport, Stage, environment, footprint, measure_latency, published
+from .report import Accuracy, GroupRow, PruneReport, Stage, environment, published
 from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from .steps import Batches, PruningSteps
 from .training import finetune, train_head

@@ -16,12 +16,12 @@ from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, OutputError, PlanError
 from hf_camphive.evaluation import evaluate_accuracy
+from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.report import count_macs
 from hf_camphive.results import Cell, Results, Row
 from hf_camphive.tracing import trace_network
 

@@ -23,7 +23,7 @@ FLOORS = {
             "criteria",
         ),
         *("reconstruction", "merging"),
-        *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
+        *("folding", "operations", "footprint", "report", "latency", "results", "plots", "card", "metrics"),
     ],
     3: [
         *("splits", "sources", "data", "models", "launch", "precision", "evaluation"),

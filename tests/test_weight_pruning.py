@@ -14,10 +14,10 @@ from test_training import Net, interrupted, loaders
 import hf_camphive
 from hf_camphive import pruner, steps
 from hf_camphive.config import CampHiVeConfig
+from hf_camphive.footprint import measure_latency
 from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.report import measure_latency
 from hf_camphive.second_order import dominant_eigenvector
 from hf_camphive.training import finetune
 from hf_camphive.weight_pruning import merge_weights, zero_share, zero_weights
