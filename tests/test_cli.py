@@ -22,6 +22,7 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive import cli, footprint, hub, pruner, steps
+from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.config import PRESETS, CampHiVeConfig
 from hf_camphive.footprint import count_macs, measure_latency
 from hf_camphive.models import load_base
@@ -86,7 +87,7 @@ def tables(tmp_path_factory) -> Path:
 
 
 def parsed(*arguments: str) -> CampHiVeConfig:
-    return cli._parse("prune", [*map(str, arguments)], cli.RecipeArguments, CampHiVeConfig)[1]
+    return parse(cli.prune, [*map(str, arguments)], RecipeArguments, CampHiVeConfig)[1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,7 +99,7 @@ def test_a_preset_sets_a_recipe_that_flags_override(name):
 
 
 def test_presets_are_offered_by_name(capsys):
-    assert get_args(get_type_hints(cli.RecipeArguments)["preset"]) == tuple(PRESETS)
+    assert get_args(get_type_hints(RecipeArguments)["preset"]) == tuple(PRESETS)
     for arguments in (["--preset", "happ"], ["--preset"]):
         with pytest.raises(SystemExit, match="2"):
             parsed(*arguments)

@@ -30,7 +30,7 @@ FLOORS = {
         *("optimization", "polish", "checkpoints", "training", "hub"),
     ],
     4: ["resume", "steps", "pruner", "comparison"],
-    5: ["cli"],
+    5: ["arguments", "cli"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
