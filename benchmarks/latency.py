@@ -32,9 +32,11 @@ from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base
 from hf_camphive.calibration import Calibration
+from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.folding import fold_batchnorm
-from hf_camphive.report import count_macs, count_parameters, environment, measure_latency
-from hf_camphive.training import evaluate_accuracy, make_accelerator, recalibrate_batchnorm
+from hf_camphive.footprint import count_macs, count_parameters, measure_latency
+from hf_camphive.launch import make_accelerator
+from hf_camphive.report import environment
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 NETWORK, SIZE, BATCHES = "cifar_resnet56", (3, 32, 32), (1, 32)

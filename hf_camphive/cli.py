@@ -3,18 +3,29 @@
 Arguments -> config -> pruner; prints what a user should see. The only file that prints.
 """
 
-import copy
 import logging
 import shlex
 import shutil
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from .arguments import (
+    BUNDLED_MODEL,
+    CompareArguments,
+    DataArguments,
+    ExpandArguments,
+    ModelArguments,
+    RecipeArguments,
+    RunArguments,
+    listed,
+    numbers,
+    parse,
+    settings_of,
+)
 from .errors import CampHiVeError, ConfigError, ModelError, PlanError
 
 USAGE = """usage: camphive {prune,inspect,evaluate,expand,compare} [options]
@@ -31,104 +42,7 @@ camphive COMMAND --help lists the options of a command.
 """
 NOT_COMPARED = ("target_macs", "target_params", "target_latency", "latency_batch_size", "latency_folded")
 NOT_COMPARED += ("granularity", "sparsity", "seed")  # a comparison has ratios of MACs, and counts its seeds
-BUNDLED_MODEL, BUNDLED_DATASET = "digits_resnet", "digits"
-
-
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass
-class ModelArguments:
-    """Which network."""
-
-    model: str = _option(
-        BUNDLED_MODEL,
-        "Hub id (timm/resnet18.a1_in1k, with @revision if you like), a folder, a network name with --checkpoint, or "
-        "digits_resnet, which is bundled.",
-        aliases=["--model_name_or_path", "--model-name-or-path"],
-    )
-    checkpoint: str | None = _option(None, "Safetensors file with the weights of a timm network that --model names.")
-
-
-@dataclass
-class DataArguments:
-    """Which images."""
-
-    dataset: str | None = _option(
-        None,
-        "Hub id, a folder (parquet, class folders, save_to_disk), or digits, which is bundled. By default digits for "
-        "digits_resnet, cifar10 for cifar_* networks, else imagenet-1k.",
-        aliases=["--dataset_name", "--dataset-name"],
-    )
-    dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")
-    image_column_name: str | None = _option(None, "Image column; found by type if not given.")
-    label_column_name: str | None = _option(None, "Label column; found by type if not given.")
-    streaming: bool = _option(False, "Read the dataset as a stream instead of downloading it.")
-    max_train_samples: int | None = _option(None, "Use at most so many training images.")
-    max_eval_samples: int | None = _option(None, "Use at most so many validation and test images.")
-    dataloader_num_workers: int | None = _option(None, "Loading processes of each loader.")
-
-
-@dataclass
-class RecipeArguments:
-    """Where the options below start from."""
-
-    preset: Literal[
-        "default", "camphive-paper", "camphive-paper-weights", "hap", "sosp-h", "sosp-i", "group-fisher"
-    ] = _option(
-        "default", "Recipe: sets several of the options below (docs/method.md); those given beside it override it."
-    )
-
-
-@dataclass
-class RunArguments:
-    """What to do with the result."""
-
-    output_dir: str | None = _option(None, "Folder of the pruned model; outputs/<model>-camphive by default.")
-    overwrite: bool = _option(False, "Replace a pruned model that stands in the output folder.")
-    dry_run: bool = _option(False, "Only plan: print the plan and write prune_plan.json into the output folder.")
-    resume: bool = _option(False, "Go on with a run that was killed, from its last finished cycle or epoch.")
-    push_to_hub: bool = _option(False, "Upload the result (log in with `hf auth login` first).")
-    hub_model_id: str | None = _option(None, "Where to upload to: user/name.")
-    hub_private_repo: bool = _option(False, "Make the repo private if it is created.")
-
-
-@dataclass
-class ExpandArguments:
-    """What to widen, and how far."""
-
-    factor: float = _option(2.0, "Channels of a widened group, relative to what it has.")
-    groups: str | None = _option(
-        None,
-        "Channel groups to widen, by name and split by commas (see camphive inspect); all that can be by default.",
-    )
-    from_report: str | None = _option(
-        None, "Folder of a pruned model: widen the bottlenecks that its report names.", aliases=["--from"]
-    )
-    spread: float = _option(
-        0.2, "How much the shares of a channel's copies differ, so that training can tell them apart."
-    )
-    seed: int = _option(0, "Seed of what is copied and of the shares.")
-    output_dir: str | None = _option(None, "Folder of the widened model; outputs/<model>-wide by default.")
-    overwrite: bool = _option(False, "Replace a model that stands in the output folder.")
-
-
-@dataclass
-class CompareArguments:
-    """Which runs; several values are separated by commas, and every combination is run."""
-
-    methods: str = _option("fisher,magnitude", "Criteria to compare, as --criterion of `camphive prune` has them.")
-    merge: str = _option("reconstruct", "Merge rules.")
-    ratios: str = _option("1.5,2.1,2.6,4.2", "How many times fewer MACs.")
-    seeds: int = _option(3, "So many runs of each, with other calibration images and random numbers.")
-    cycles: str = _option("1", "Numbers of cycles.")
-    calibration_size: str = _option("1024", "Numbers of calibration images.")
-    output_dir: str | None = _option(
-        None,
-        "Folder of results.json, .csv, .md and .png; outputs/<model>-comparison by default. Runs that stand there "
-        "already are not repeated, so the same command goes on with what was interrupted.",
-    )
+BUNDLED_DATASET = "digits"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,7 +78,7 @@ def prune(arguments: Sequence[str]) -> None:
     from .config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
 
     kinds = (ModelArguments, DataArguments, RunArguments, RecipeArguments, CampHiVeConfig)
-    model, data, run, _, config = _parse("prune", arguments, *kinds)
+    model, data, run, _, config = parse(prune, arguments, *kinds)
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     if data.streaming and config.num_train_epochs and not data.max_train_samples:
@@ -172,7 +86,7 @@ def prune(arguments: Sequence[str]) -> None:
     if run.dry_run and (run.push_to_hub or run.resume):
         raise ConfigError("--dry-run only plans: there is nothing to push or to resume; leave that option out")
 
-    if run.dry_run and config.granularity == "weight":
+    if run.dry_run and not config.cuts_channels:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
     from .hub import check_output_folder, push_folder
@@ -208,7 +122,7 @@ def prune(arguments: Sequence[str]) -> None:
 
 def inspect(arguments: Sequence[str]) -> None:
     """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why."""
-    (model,) = _parse("inspect", arguments, ModelArguments)
+    (model,) = parse(inspect, arguments, ModelArguments)
 
     import torch
 
@@ -252,10 +166,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Print the accuracy and the cost of a model."""
     from .config import CampHiVeConfig
 
-    model, data = _parse("evaluate", arguments, ModelArguments, DataArguments)
+    model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
-    from .report import Stage, environment, footprint, measure_latency, stages_table
-    from .training import evaluate_accuracy, make_accelerator
+    from .evaluation import evaluate_accuracy
+    from .footprint import footprint, measure_latency
+    from .launch import make_accelerator
+    from .report import Stage, environment, stages_table
 
     config = CampHiVeConfig()
     base = _load(model)
@@ -280,7 +196,7 @@ def expand(arguments: Sequence[str]) -> None:
     """Split the channels of some groups into copies, leave the function as it is, and save the wider network."""
     if arguments and not arguments[0].startswith("-"):  # camphive expand MODEL
         arguments = ["--model", *arguments]
-    model, options = _parse("expand", arguments, ModelArguments, ExpandArguments)
+    model, options = parse(expand, arguments, ModelArguments, ExpandArguments)
     if options.groups and options.from_report:
         raise ConfigError("--groups and --from both say what to widen; leave one of them out")
 
@@ -288,15 +204,16 @@ def expand(arguments: Sequence[str]) -> None:
 
     from .expansion import Expansion
     from .expansion import expand as widen
+    from .footprint import count_macs, count_parameters
     from .hub import check_output_folder, save_expanded
-    from .report import count_macs, count_parameters, format_count, published
+    from .report import format_count, published
     from .surgery import check_groups
     from .tracing import trace_network
 
     output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
     _log_to_terminal(main_process=True)
     names = (
-        _bottlenecks(Path(options.from_report)) if options.from_report else options.groups and _listed(options.groups)
+        _bottlenecks(Path(options.from_report)) if options.from_report else options.groups and listed(options.groups)
     )
     base = _load(model)
     size = tuple(base.net.pretrained_cfg["input_size"])
@@ -346,22 +263,20 @@ def compare(arguments: Sequence[str]) -> None:
     from .config import CampHiVeConfig
 
     elsewhere = ("criterion", *vars(CompareArguments()), *NOT_COMPARED)
-    settings = _settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
-    model, data, asked, chosen = _parse(
-        "compare", arguments, ModelArguments, DataArguments, CompareArguments, settings
-    )
+    settings = settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
+    model, data, asked, chosen = parse(compare, arguments, ModelArguments, DataArguments, CompareArguments, settings)
     if data.streaming and chosen.num_train_epochs and not data.max_train_samples:
         raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
 
     from .comparison import Comparison, grid
 
     cells = grid(
-        methods=_listed(asked.methods),
-        merges=_listed(asked.merge),
-        ratios=_numbers("ratios", asked.ratios, float),
+        methods=listed(asked.methods),
+        merges=listed(asked.merge),
+        ratios=numbers("ratios", asked.ratios, float),
         seeds=asked.seeds,
-        cycles=_numbers("cycles", asked.cycles, int),
-        calibration_sizes=_numbers("calibration-size", asked.calibration_size, int),
+        cycles=numbers("cycles", asked.cycles, int),
+        calibration_sizes=numbers("calibration-size", asked.calibration_size, int),
     )
     base = _load(model)
     described = {**asdict(data), "dataset": data.dataset or _usual_dataset(model.model)}
@@ -406,64 +321,6 @@ def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
     if pruner.config.cycles > 1:
         print(f"This is the first of {pruner.config.cycles} cycles; later ones depend on the network that it leaves.")
     print(f"\nNothing was changed. The plan is in {_relative(path)}")
-
-
-def _parse(command: str, arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
-    from transformers import HfArgumentParser
-
-    doc = {verb.__name__: verb.__doc__ for verb in (prune, inspect, evaluate, expand, compare)}[command]
-    parser = HfArgumentParser(
-        kinds,
-        prog=f"camphive {command}",
-        usage=f"camphive {command} [options]",
-        description=doc,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(**_preset(arguments))
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        list(arguments), return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return tuple(parsed)
-
-
-def _preset(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults that `--preset` sets; none where it is absent, or misspelled (which the parser itself will say)."""
-    from .config import PRESETS
-
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", nargs="?", default="default")
-    return PRESETS.get(parser.parse_known_args(list(arguments))[0].preset, {})
-
-
-def _settings_of(config: type, without: Sequence[str], **defaults: Any) -> type:
-    """The fields of the config that are not among `without`, as options of a command that has its own word for those."""
-    kept = [f for f in fields(config) if f.name not in without]
-    options = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata=f.metadata)) for f in kept]
-    return make_dataclass("Settings", options)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in _listed(text)]
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"--{option} is {text!r}; give {what} separated by commas") from error
-
-
-class _Help(ArgumentDefaultsHelpFormatter):
-    """Shows --one-spelling of an option that may be written --one_spelling as well."""
-
-    def _format_action_invocation(self, action: Action) -> str:
-        shown = copy.copy(action)
-        shown.option_strings = list(dict.fromkeys(s.replace("_", "-") for s in action.option_strings))
-        return super()._format_action_invocation(shown)
 
 
 def _load(model: ModelArguments) -> Any:
@@ -528,8 +385,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        first, *numbers, remark = row
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(numbers, widths[1:])), remark]
+        first, *middle, remark = row
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(middle, widths[1:])), remark]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

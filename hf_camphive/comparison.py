@@ -29,16 +29,19 @@ from .config import CampHiVeConfig
 from .criteria import CRITERIA, Scores
 from .data import Loaders
 from .errors import ConfigError, OutputError, PlanError, TrainingError
+from .evaluation import evaluate_accuracy, recalibrate_batchnorm
+from .footprint import count_macs, count_parameters
 from .graph import named_tensors
+from .launch import make_accelerator
 from .merging import MERGE_RULES
 from .models import BaseModel
 from .plan import PrunePlan
 from .plots import DPI, draw_comparison
 from .pruner import CampHiVePruner
-from .report import Accuracy, count_macs, count_parameters, environment, format_share, published
+from .report import Accuracy, environment, format_share, published
 from .results import Cell, Results, Row, differences
 from .tracing import Trace
-from .training import evaluate_accuracy, finetune, make_accelerator, recalibrate_batchnorm
+from .training import finetune
 
 logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"
@@ -134,7 +137,7 @@ class Comparison:
         """Raise `ConfigError` or `PlanError` where a cell cannot work; needs no data."""
         if not cells:
             raise ConfigError("there is nothing to compare; name at least one method, merge rule, ratio and seed")
-        if self.config.granularity != "channel":
+        if not self.config.cuts_channels:
             raise ConfigError("a comparison is at ratios of MACs, of which single weights save none; cut channels")
         for cell in cells:
             _choice("method", cell.method, {**CRITERIA, **self.methods})

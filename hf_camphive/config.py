@@ -180,6 +180,11 @@ class CampHiVeConfig:
         return self.round_to or (1 if self.target_latency is None else 8)
 
     @property
+    def cuts_channels(self) -> bool:
+        """Whether channels are cut; single weights are zeroed otherwise, and stay zero."""
+        return self.granularity == "channel"
+
+    @property
     def kept_layers(self) -> tuple[str, ...]:
         """The patterns in `keep`."""
         return tuple(pattern.strip() for pattern in self.keep.split(",") if pattern.strip())
@@ -318,7 +323,7 @@ def _require(condition: bool, message: str) -> None:
 def _check_granularity(config: CampHiVeConfig) -> None:
     usual = {f.name: f.default for f in fields(config)}
     _require(0 < config.sparsity < 1, f"sparsity is {config.sparsity}; it is a share between 0 and 1, such as 0.5")
-    if config.granularity == "channel":
+    if config.cuts_channels:
         _require(
             config.sparsity == usual["sparsity"],
             f"sparsity is {config.sparsity}, but granularity 'channel' leaves no zeros; set target_macs instead, or "

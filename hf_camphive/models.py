@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import modeling_camphive
 from .cifar import checkpoint_filter
@@ -84,6 +85,34 @@ def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
     if "/" not in repo:
         repo = _published(repo)
     return _from_hub(repo, revision or None)
+
+
+def as_base(model: BaseModel | nn.Module | str) -> BaseModel:
+    """A network of timm's, or what `load_base` accepts, with what is known of it; raises `ModelError` on others."""
+    if isinstance(model, BaseModel):
+        return model
+    if isinstance(model, str):
+        return load_base(model)
+    model = getattr(model, "timm_model", model)  # transformers' wrapper of timm networks
+    if isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is written by transformers itself, which builds it from one width for all layers, so "
+            "that it could not be read back at others; give the same network from timm"
+        )
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(model, nn.Module) or not config or not config.get("architecture"):
+        raise ModelError(
+            f"cannot prune a {type(model).__name__}; give a network of timm.create_model, a Hub id or a folder"
+        )
+    return BaseModel(
+        net=model,
+        architecture=config["architecture"],
+        model_args={},
+        model_id=config.get("hf_hub_id") or config["architecture"],
+        revision=None,
+        license=config.get("license"),
+        label_names=tuple(config["label_names"]) if config.get("label_names") else None,
+    )
 
 
 def replace_head(base: BaseModel, label_names: Sequence[str], seed: int) -> BaseModel:

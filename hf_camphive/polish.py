@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
+from .evaluation import keeping_modes
+from .optimization import warmup_cosine
 from .precision import Precision, at_least_fp32, autocast, channels_last
-from .training import warmup_cosine
 
 LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
 BETAS = (0.9, 0.99)
@@ -231,13 +232,11 @@ def _sum_gradients(parameters: list[nn.Parameter], reduce: Reduce) -> None:
 @contextmanager
 def _evaluating(net: nn.Module, gradients: bool) -> Iterator[None]:
     """The network in eval mode, with gradients for all of its weights or none; afterwards all is as it was."""
-    modes = {module: module.training for module in net.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in net.parameters()}
-    net.eval().requires_grad_(gradients)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, before in wanted.items():
-            parameter.requires_grad_(before).grad = None
+    with keeping_modes(net):
+        net.eval().requires_grad_(gradients)
+        try:
+            yield
+        finally:
+            for parameter, before in wanted.items():
+                parameter.requires_grad_(before).grad = None

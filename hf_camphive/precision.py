@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from .config import CampHiVeConfig
+from .footprint import wait_for
 from .report import format_ms
 
 logger = logging.getLogger(__name__)
@@ -87,16 +88,11 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
 
 def _step_seconds(net: nn.Module, batch: Batch, precision: Precision) -> float:
     device = batch["pixel_values"].device
-    _wait_for(device)
+    wait_for(device)
     began = time.perf_counter()
     with autocast(device, precision):
         loss = F.cross_entropy(at_least_fp32(net(channels_last(batch["pixel_values"]))), batch["labels"])
     loss.backward()
     net.zero_grad()
-    _wait_for(device)
+    wait_for(device)
     return time.perf_counter() - began
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

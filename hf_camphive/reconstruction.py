@@ -8,7 +8,7 @@ Works on full-width weights (removed columns stay zero) and returns new ones; th
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -21,15 +21,14 @@ from .branches import Junction, affine_path, junctions
 from .graph import compute, operation
 from .implants import implanted_slots, with_centres
 from .plan import PrunePlan
+from .ridge import Reduce, Sums
 from .surgery import State, mask_state
 from .tracing import Trace
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 LEAST_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
-RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 HELD_OUT = 4  # every so many batches one is held out of a fit to choose its ridge
-Reduce = Callable[[Tensor], Tensor]
 Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
 
 
@@ -184,60 +183,11 @@ def _bytes(value: object) -> int:
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
 
 
-# One fit: rows, sums, solution
-
-
-class _Sums:
-    """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64.
-
-    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen.
-    """
-
-    def __init__(self, groups: int, unknowns: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        shape = (2, groups, unknowns, unknowns + outputs)  # fitted and held out; X^T [X, E]
-        self.products = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, rows: Tensor, errors: Tensor, held_out: bool) -> None:
-        """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
-        self.rows[int(held_out)] += rows.shape[1]
-        for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
-            self.products[int(held_out)] += (some.mT @ torch.cat([some, rest], dim=2)).double()
-
-    def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].
-
-        The smallest ridge is `ridge`; larger ones, up to no change at all, are taken where they leave less of the held
-        out errors, group by group. The weights are then fitted to all batches.
-        """
-        unknowns = self.products.shape[2]
-        grams, crosses = reduce(self.products).split([unknowns, self.products.shape[3] - unknowns], dim=3)
-        candidates = [ridge * factor for factor in RIDGE_FACTORS] if reduce(self.rows).all() else []
-        losses = []
-        for value in candidates:
-            change = _ridge_solution(grams[0], crosses[0], grams.new_full(grams.shape[1:2], value))
-            losses.append((change * (grams[1] @ change)).sum((1, 2)) - 2 * (change * crosses[1]).sum((1, 2)))
-        if not candidates:
-            solution = _ridge_solution(grams.sum(0), crosses.sum(0), grams.new_full(grams.shape[1:2], ridge))
-        else:
-            best = torch.stack([*losses, torch.zeros_like(losses[0])]).argmin(dim=0)
-            chosen = grams.new_tensor([*candidates, ridge])[best]
-            solution = _ridge_solution(grams.sum(0), crosses.sum(0), chosen)
-            solution[best == len(candidates)] = 0
-        return solution[:, :-1].mT, solution[:, -1]
-
-    def part(self, unknowns: Tensor, outputs: Tensor) -> "_Sums":
-        """The sums of a smaller fit without convolution groups: some outputs [m] on some unknowns [n]."""
-        constant = self.products.shape[2] - 1
-        kept = torch.cat([unknowns, unknowns.new_tensor([constant])]).to(self.products.device)
-        columns = torch.cat([kept, constant + 1 + outputs.to(kept)])
-        small = _Sums(1, len(kept), len(outputs))
-        small.products, small.rows = self.products[:, :, kept][..., columns], self.rows
-        return small
+# One fit
 
 
 def _fit_implants(
-    solution: tuple[Tensor, Tensor], sums: _Sums, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
+    solution: tuple[Tensor, Tensor], sums: Sums, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
 ) -> None:
     """Fit the outputs `rows` anew on the kernels' centres alone, within a solution for all."""
     change, constant = solution
@@ -247,30 +197,10 @@ def _fit_implants(
     change[0, rows[:, None], centres.to(rows)] = part
 
 
-def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
-    """Weights and constant [groups, d, C_out / groups] of each group's regression with ridge * mean(diag G) on the weights.
-
-    The constant (last entry of each row) is not damped: rows are centred instead, in float64. A ridge below the rounding
-    of the sums is raised until the matrix is positive definite.
-    """
-    count = gram[:, -1, -1].clamp_min(1e-300)[:, None, None]  # 0 where no constant is fitted
-    mean, total = gram[:, :-1, -1:] / count, cross[:, -1:]
-    centred, targets = gram[:, :-1, :-1] - mean @ mean.mT * count, cross[:, :-1] - mean @ total
-    scale = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(dim=1).clamp_min(1e-12)
-    while True:
-        damping = (ridge * scale)[:, None].expand(centred.shape[:2])
-        factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(damping))
-        if not failed.any():
-            break
-        ridge = torch.where(failed > 0, (10 * ridge).clamp_min(1e-12), ridge)
-    weights = torch.cholesky_solve(targets, factor)
-    return torch.cat([weights, (total - mean.mT @ weights * count) / count], dim=1)
-
-
-def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> _Sums:
+def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> Sums:
     groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
     unknowns = weight[0].numel() if entries is None else len(entries)
-    return _Sums(groups, unknowns + 1, weight.shape[0] // groups, weight.device)
+    return Sums(groups, unknowns + 1, weight.shape[0] // groups, weight.device)
 
 
 def _rows(

@@ -2,6 +2,19 @@
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@pytest.fixture
+def accelerator():
+    """An `Accelerator` of one process that leaves nothing behind for the next test."""
+    from accelerate.state import AcceleratorState, GradientState
+    from test_training import fresh_accelerator
+
+    yield fresh_accelerator()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 
 from hf_camphive.card import FOLDER_PLACEHOLDER, render_card
 from hf_camphive.config import CampHiVeConfig
+from hf_camphive.footprint import Footprint, Latency
 from hf_camphive.plots import draw_plots
-from hf_camphive.report import Accuracy, Footprint, GroupRow, Latency, PruneReport, Stage
+from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage
 
 DENSE = Footprint(
     11_689_512, 1_814_073_344, 46_837_096, {1: Latency(20.1, 20, 21, 90), 32: Latency(512.3, 500, 530, 30)}

@@ -21,11 +21,13 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, hub, pruner, report
+from hf_camphive import cli, footprint, hub, pruner, steps
+from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.config import PRESETS, CampHiVeConfig
+from hf_camphive.footprint import count_macs, measure_latency
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, plans_from_json
-from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, measure_latency
+from hf_camphive.report import REPORT_FILE, PruneReport, format_count, format_share
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
@@ -34,7 +36,7 @@ QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 2
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module in (pruner, report):
+    for module in (pruner, footprint):
         monkeypatch.setattr(module, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
 
 
@@ -85,7 +87,7 @@ def tables(tmp_path_factory) -> Path:
 
 
 def parsed(*arguments: str) -> CampHiVeConfig:
-    return cli._parse("prune", [*map(str, arguments)], cli.RecipeArguments, CampHiVeConfig)[1]
+    return parse(cli.prune, [*map(str, arguments)], RecipeArguments, CampHiVeConfig)[1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -97,7 +99,7 @@ def test_a_preset_sets_a_recipe_that_flags_override(name):
 
 
 def test_presets_are_offered_by_name(capsys):
-    assert get_args(get_type_hints(cli.RecipeArguments)["preset"]) == tuple(PRESETS)
+    assert get_args(get_type_hints(RecipeArguments)["preset"]) == tuple(PRESETS)
     for arguments in (["--preset", "happ"], ["--preset"]):
         with pytest.raises(SystemExit, match="2"):
             parsed(*arguments)
@@ -164,13 +166,13 @@ def test_datasets_that_lack_a_column(capsys, tables, folder, message):
 
 
 def test_a_network_without_anything_to_prune(capsys, monkeypatch):
-    real = pruner.trace_network
+    real = steps.trace_network
 
     def all_frozen(net, size):
         trace = real(net, size)
         return replace(trace, groups=tuple(replace(group, frozen="nothing reads it") for group in trace.groups))
 
-    monkeypatch.setattr(pruner, "trace_network", all_frozen)
+    monkeypatch.setattr(steps, "trace_network", all_frozen)
     assert "no channel group of this network can be pruned" in refused(capsys)
 
 
@@ -413,7 +415,7 @@ def test_inspect_tells_the_truth(capsys):
     net = load_base("digits_resnet").net
     macs, parameters = count_macs(net, (3, 16, 16)), sum(p.numel() for p in net.parameters())
     assert macs == 10_203_776
-    assert f"{report.format_count(macs)} MACs per image, {report.format_count(parameters)} parameters" in told
+    assert f"{format_count(macs)} MACs per image, {format_count(parameters)} parameters" in told
     rows = {line.split()[0]: line.split() for line in told.splitlines() if "%" in line}
     for name in ("layer1.0.conv1", "layer3.2.conv1"):
         weight = net.get_parameter(f"{name}.weight")
@@ -436,8 +438,8 @@ def test_evaluate_tells_the_truth(capsys, saved):
         told = capsys.readouterr().out
         found = PruneReport.from_json((saved / REPORT_FILE).read_text())
         stage = found.stages[0 if model == "digits_resnet" else -1]
-        assert re.search(rf"^top-1 +{re.escape(report.format_share(stage.accuracy.top1))}$", told, re.M)
-        assert re.search(rf"^MACs per image +{report.format_count(stage.footprint.macs)}$", told, re.M)
+        assert re.search(rf"^top-1 +{re.escape(format_share(stage.accuracy.top1))}$", told, re.M)
+        assert re.search(rf"^MACs per image +{format_count(stage.footprint.macs)}$", told, re.M)
         assert "Accuracy on 100 images of '100 of 300 rows of test'" in told and "latency, batch 32" in told
 
 

@@ -15,15 +15,15 @@ from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, OutputError, PlanError
+from hf_camphive.evaluation import evaluate_accuracy
+from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.report import count_macs
 from hf_camphive.results import Cell, Results, Row
 from hf_camphive.tracing import trace_network
-from hf_camphive.training import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(num_train_epochs=0, polish_steps=0, mixed_precision="no", curvature_images=16, power_steps=3)
 BASE = load_base("digits_resnet")
@@ -189,7 +189,7 @@ def test_calibration_images_follow_the_seed_and_are_never_tested_on(tmp_path):
 
 
 def datasets_of_digits():
-    from hf_camphive.data import digits as bundled
+    from hf_camphive.sources import digits as bundled
 
     return bundled()
 

@@ -347,32 +347,34 @@ def test_several_processes_give_the_products_of_one_for_any_number_of_rows(proce
     debug_launcher(check_share_of_processes, (products_for_all_sizes(),), num_processes=processes)
 
 
-def refused(net: nn.Module, batches, message: str) -> None:
-    with pytest.raises(CurvatureError, match=message):
-        network_curvature(net, batches)
-
-
 def test_what_would_make_the_hessian_a_moving_target_is_refused():
     net, x, labels = small()
     batches = [(x, labels)]
-    refused(net.train(), batches, r"'norm' in training mode .* net.eval\(\)")
+    with pytest.raises(CurvatureError, match=r"'norm' in training mode .* net.eval\(\)"):
+        network_curvature(net.train(), batches)
     net.eval()
     for layer in (nn.Dropout(0.1), DropPath(0.1)):
-        refused(nn.Sequential(net, layer.train()), batches, "'1' in training mode")
+        with pytest.raises(CurvatureError, match="'1' in training mode"):
+            network_curvature(nn.Sequential(net, layer.train()), batches)
         network_curvature(nn.Sequential(net, layer.eval()), batches)
     network_curvature(nn.Sequential(net, nn.Dropout(0.0).train()), batches)
-    refused(net, DataLoader(batches, shuffle=True), "the loader shuffles")
-    refused(net, [], "no images")
+    with pytest.raises(CurvatureError, match="the loader shuffles"):
+        network_curvature(net, DataLoader(batches, shuffle=True))
+    with pytest.raises(CurvatureError, match="no images"):
+        network_curvature(net, [])
     with pytest.raises(CurvatureError, match="no weight 'fc'"):
         network_curvature(net, batches, names=["fc"])
-    refused(net.bfloat16(), batches, "bfloat16 are too coarse")
+    with pytest.raises(CurvatureError, match="bfloat16 are too coarse"):
+        network_curvature(net.bfloat16(), batches)
 
 
 def test_wrapped_networks_are_refused(tmp_path):
     net, x, labels = small()
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        refused(nn.parallel.DistributedDataParallel(net), [(x, labels)], "wrapped in DistributedDataParallel")
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(CurvatureError, match="wrapped in DistributedDataParallel"):
+            network_curvature(wrapped, [(x, labels)])
     finally:
         torch.distributed.destroy_process_group()
 

@@ -71,202 +71,6 @@ def config(**values):
     return CampHiVeConfig(**{"calibration_size": 30, "per_device_eval_batch_size": 32, **values})
 
 
-# ---- divide: a pure function of labels ----
-
-
-def labels_of(*counts, seed=0):
-    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-
-
-def test_stratified_counts_are_exact():
-    labels = labels_of(600, 300, 100)
-    chosen = data.stratified(labels, 50, np.random.default_rng(0))
-    assert Counter(labels[chosen].tolist()) == {0: 30, 1: 15, 2: 5}
-    assert len(set(chosen.tolist())) == 50
-    uneven = data.stratified(labels_of(5, 5, 5), 7, np.random.default_rng(0))
-    assert sorted(Counter(labels_of(5, 5, 5)[uneven].tolist()).values()) == [2, 2, 3]
-
-
-def test_what_is_left_over_goes_to_the_largest_remainders():
-    # Shares of 8 among 60, 25 and 15: 4.8, 2.0 and 1.2, so the one left over goes to the first class.
-    labels = labels_of(60, 25, 15)
-    for seed in range(5):
-        chosen = data.stratified(labels, 8, np.random.default_rng(seed))
-        assert Counter(labels[chosen].tolist()) == {0: 5, 1: 2, 2: 1}
-
-
-def test_shares_that_are_whole_numbers_stay_whole():
-    # 300 * 0.1 and the like come out a hair below a whole number in floating point.
-    for counts in ((30, 70), (3, 7, 90), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)):
-        total = sum(counts)
-        for count in range(1, total):
-            labels = labels_of(*counts)
-            got = Counter(labels[data.stratified(labels, count, np.random.default_rng(0))].tolist())
-            assert all(abs(got[c] - count * n / total) < 1 for c, n in enumerate(counts))
-
-
-def test_a_prefix_of_the_calibration_rows_holds_every_class():
-    labels = np.repeat(np.arange(10), 100)
-    chosen = data.stratified(labels, 500, np.random.default_rng(3))
-    assert set(labels[chosen[:100]].tolist()) == set(range(10))
-
-
-def test_more_rows_than_there_are_gives_all_of_them():
-    assert sorted(data.stratified(labels_of(3, 4), 100, np.random.default_rng(0))) == list(range(7))
-
-
-def test_one_row_a_class_is_divided_too():
-    labels = np.arange(100)
-    parts = data.divide({"validation": labels}, calibration_size=1024, seed=0)
-    assert len(parts["calibration"].rows) == 60 and len(parts["validation"].rows) == 40
-    assert not set(parts["calibration"].rows) & set(parts["validation"].rows)
-    assert "train" not in parts and "test" not in parts
-    assert str(parts["calibration"]) == "60 of 100 rows of validation"
-
-
-def test_validation_comes_out_of_train_and_never_out_of_test():
-    labels = {"train": labels_of(300, 200, 100), "test": labels_of(30, 30, 30)}
-    parts = data.divide(labels, calibration_size=120, seed=0)
-    assert {role: part.split for role, part in parts.items()} == {
-        "calibration": "train",
-        "train": "train",
-        "validation": "train",
-        "test": "test",
-    }
-    validation, train, calibration = (set(parts[r].rows.tolist()) for r in ("validation", "train", "calibration"))
-    assert Counter(labels["train"][sorted(validation)].tolist()) == {0: 30, 1: 20, 2: 10}
-    assert Counter(labels["train"][sorted(calibration)].tolist()) == {0: 60, 1: 40, 2: 20}
-    assert not validation & train and not validation & calibration
-    assert calibration <= train and len(train) == 540
-    assert str(parts["test"]) == "test" and str(parts["validation"]) == "60 of 600 rows of train"
-
-
-def test_the_validation_split_carved_is_at_most_5000_rows():
-    parts = data.divide({"train": np.zeros(80_000, int)}, calibration_size=100, seed=0)
-    assert len(parts["validation"].rows) == 5000 and len(parts["train"].rows) == 75_000
-
-
-def test_the_seed_decides_and_repeats():
-    labels = {"train": labels_of(300, 200, 100), "test": labels_of(9, 9, 9)}
-    first, again, other = (data.divide(labels, calibration_size=60, seed=seed) for seed in (0, 0, 1))
-    for role, part in first.items():
-        assert np.array_equal(part.rows, again[role].rows)
-        assert np.array_equal(part.rows, other[role].rows) == (role == "test")
-
-
-def test_limits_are_stratified_and_reach_every_evaluation_split():
-    labels = {"train": labels_of(300, 200, 100), "validation": labels_of(60, 60), "test": labels_of(90, 30)}
-    parts = data.divide(labels, calibration_size=30, seed=0, max_train_samples=12, max_eval_samples=20)
-    assert {role: len(part.rows) for role, part in parts.items()} == {
-        "calibration": 30,
-        "train": 12,
-        "validation": 20,
-        "test": 20,
-    }
-    assert Counter(labels["test"][parts["test"].rows].tolist()) == {0: 15, 1: 5}
-    carved = data.divide({"train": labels["train"]}, calibration_size=30, seed=0, max_eval_samples=6)
-    assert len(carved["validation"].rows) == 6
-
-
-def test_a_calibration_split_that_is_evaluated_gives_up_its_calibration_rows():
-    labels = {"train": labels_of(60, 60), "validation": labels_of(50, 50), "test": labels_of(30, 30)}
-    parts = data.divide(labels, calibration_size=40, seed=0, calibration_split="validation")
-    assert len(parts["calibration"].rows) == 40 and len(parts["validation"].rows) == 60
-    assert not set(parts["calibration"].rows) & set(parts["validation"].rows)
-    assert len(parts["train"].rows) == 120 and len(parts["test"].rows) == 60
-
-
-def test_a_lone_test_split_is_divided_into_calibration_and_validation():
-    parts = data.divide({"test": labels_of(50, 50)}, calibration_size=20, seed=0)
-    assert {role: (part.split, len(part.rows)) for role, part in parts.items()} == {
-        "calibration": ("test", 20),
-        "validation": ("test", 80),
-    }
-
-
-def test_a_test_split_without_real_labels_is_not_evaluated(caplog):
-    labels = {"train": labels_of(30, 30), "validation": labels_of(9, 9), "test": np.full(20, -1)}
-    with caplog.at_level(logging.WARNING):
-        parts = data.divide(labels, calibration_size=20, seed=0)
-    assert set(parts) == {"calibration", "train", "validation"}
-    assert "'test' has rows without a label" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
-    [
-        ({"train": np.array([0, 1, -1])}, {}, "'train' has no labels in some of its rows"),
-        ({"test": np.full(5, -1)}, {}, "no split has labels"),
-        ({"spring": np.zeros(5, int), "autumn": np.zeros(5, int)}, {}, "none is named train, validation or test"),
-        ({"train": np.zeros(9, int)}, {"calibration_split": "trian"}, "no split 'trian' to calibrate on"),
-        ({"train": np.zeros(1, int)}, {}, "no row is left"),
-        ({"train": np.zeros(0, int)}, {}, "'train' has no labels|no row"),
-        (
-            {"train": np.zeros(50, int), "extra": np.full(5, -1)},
-            {"calibration_split": "extra"},
-            "'extra' has no labels",
-        ),
-    ],
-)
-def test_labels_that_cannot_be_divided(labels, options, message):
-    with pytest.raises(DataError, match=message):
-        data.divide(labels, calibration_size=20, seed=0, **options)
-
-
-# ---- columns and names ----
-
-FEATURES = {"img": Image(), "fine_label": ClassLabel(names=NAMES), "coarse_label": ClassLabel(names=["x"])}
-
-
-def test_columns_are_found_by_type_then_by_name():
-    assert data.find_columns(FEATURES) == ("img", "fine_label")
-    assert data.find_columns(FEATURES, label="coarse_label") == ("img", "coarse_label")
-    assert data.find_columns({"photo": Image(), "species": ClassLabel(names=NAMES), "id": Value("int64")}) == (
-        "photo",
-        "species",
-    )
-    untyped = {"picture": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("int32")}
-    assert data.find_columns(untyped) == ("picture", "label")
-    assert data.find_columns({"mask": Image(), "image": Image(), "label": Value("uint8")}) == ("image", "label")
-
-
-@pytest.mark.parametrize(
-    ("features", "given", "message"),
-    [
-        (
-            {"text": Value("string"), "label": Value("int64")},
-            {},
-            "no image column among text, label.*--image-column-name",
-        ),
-        ({"image": Image(), "text": Value("string")}, {}, "no label column among image, text.*--label-column-name"),
-        ({"left": Image(), "right": Image(), "label": Value("int64")}, {}, r"several image columns \(left, right\)"),
-        (
-            {"image": Image(), "a": ClassLabel(names=["x"]), "b": ClassLabel(names=["x"])},
-            {},
-            r"several label columns \(a, b\)",
-        ),
-        ({"image": Image(), "label": Value("string")}, {}, "'label' holds string values.*class_encode_column"),
-        (FEATURES, {"image": "image"}, "no image column 'image' among img, fine_label, coarse_label.*'img'"),
-        (FEATURES, {"label": "fine_labels"}, "did you mean 'fine_label'"),
-        (FEATURES, {"image": "fine_label"}, "'fine_label' holds ClassLabel, not images.*--image-column-name"),
-        (FEATURES, {"label": "img"}, "'img' holds Image, not whole numbers.*--label-column-name"),
-    ],
-)
-def test_columns_that_are_missing_or_unclear(features, given, message):
-    with pytest.raises(DataError, match=message):
-        data.find_columns(features, **given)
-
-
-def test_class_names_follow_the_dataset_then_the_network(net):
-    names = ClassLabel(names=["a", "b"])
-    assert data.class_names(names, 1, net) == ("a", "b")
-    assert data.class_names(names, 2, net) == ("0", "1", "2")  # labels beyond the names: they are the network's
-    assert data.class_names(Value("int64"), 1, net) == ("0", "1", "2")
-    assert data.class_names(Value("int64"), 5, net) == ("0", "1", "2", "3", "4", "5")
-    named = timm.create_model("cifar_resnet20", num_classes=3, pretrained_cfg_overlay={"label_names": NAMES})
-    assert data.class_names(Value("int64"), 2, named) == ("ant", "bee", "cat")
-
-
 # ---- transforms ----
 
 
@@ -399,15 +203,6 @@ def count_labels(loader):
     return Counter(label for batch in loader for label in batch["labels"].tolist())
 
 
-def test_a_streamed_row_is_held_out_by_its_content_in_any_order():
-    held = [data.HeldOut("img", 0, True)({"img": {"bytes": bytes([i]), "path": None}}) for i in range(256)]
-    rest = [data.HeldOut("img", 0, False)({"img": {"bytes": bytes([i]), "path": None}}) for i in range(256)]
-    assert held == [not kept for kept in rest]
-    assert 10 < sum(held) < 45
-    assert held != [data.HeldOut("img", 1, True)({"img": {"bytes": bytes([i]), "path": None}}) for i in range(256)]
-    assert isinstance(data.HeldOut("img", 0, True)({"img": {"bytes": None, "path": "a/b.png"}}), bool)
-
-
 def test_a_stream_with_only_a_validation_split_is_divided(tmp_path, net):
     folder = save(tmp_path / "d", validation=rows(200))
     loaders = data.load_loaders(folder, net, config(calibration_size=16), streaming=True, workers=0)
@@ -512,13 +307,6 @@ def test_rows_without_a_label_are_told_in_every_form(tmp_path, net):
             data.load_loaders(folder, net, config(), workers=0, streaming=streaming)
 
 
-def test_a_stream_whose_columns_are_known_only_from_its_rows():
-    row = {"img": {"bytes": b"", "path": "a"}, "label": 1}
-    stream = datasets.IterableDataset.from_generator(lambda: iter([row] * 3))
-    assert stream.features is None
-    assert data._with_features({"train": stream})["train"].features["label"] == Value("int64")
-
-
 def test_a_single_saved_dataset_is_the_training_split(tmp_path, net):
     rows(60).save_to_disk(tmp_path / "one")
     loaders = data.load_loaders(str(tmp_path / "one"), net, config(), workers=0)
@@ -557,18 +345,6 @@ def test_an_unknown_config_name_says_which_flag(tmp_path, net):
 
 
 # ---- digits ----
-
-
-def test_digits_are_always_divided_alike():
-    splits, again = data.digits(), data.digits()
-    assert {split: len(part) for split, part in splits.items()} == {"train": 1197, "validation": 300, "test": 300}
-    images = {split: [np.asarray(i).tobytes() for i in part["image"]] for split, part in splits.items()}
-    # All of the 1,797 images are in, none twice (no two of them are equal).
-    assert len({i for part in images.values() for i in part}) == 1797
-    assert images["test"] == [np.asarray(i).tobytes() for i in again["test"]["image"]]
-    for part in splits.values():
-        counts = Counter(part["label"]).values()
-        assert max(counts) - min(counts) <= 0.05 * len(part) * 0.5
 
 
 def test_digits_are_not_mirrored_and_fit_the_bundled_network():

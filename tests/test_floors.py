@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_camphive"
 FLOORS = {
     0: ["__init__", "errors", "config", "plan", "cifar", "modeling_camphive"],
-    1: ["norms", "graph", "limits", "planning", "calibration"],
+    1: ["norms", "graph", "ridge", "limits", "planning", "budgets", "calibration"],
     2: [
         *("labels", "handlers", "tracing", "branches", "implants", "surgery", "expansion"),
         *(
@@ -23,17 +23,20 @@ FLOORS = {
             "criteria",
         ),
         *("reconstruction", "merging"),
-        *("folding", "operations", "report", "latency", "results", "plots", "card", "metrics"),
+        *("folding", "operations", "footprint", "report", "latency", "results", "plots", "card", "metrics"),
     ],
-    3: ["data", "models", "precision", "training", "polish", "hub"],
-    4: ["resume", "pruner", "comparison"],
-    5: ["cli"],
+    3: [
+        *("splits", "sources", "data", "models", "launch", "precision", "evaluation"),
+        *("optimization", "polish", "checkpoints", "training", "hub"),
+    ],
+    4: ["resume", "steps", "pruner", "comparison"],
+    5: ["arguments", "cli"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
 WITHIN = {module: i for modules in FLOORS.values() for i, module in enumerate(modules)}
 PRINTS = {"cli"}
-WRITES = {"config", "hub", "resume", "cli", "comparison", "training", "latency"}  # checkpoints, and caches of timings
+WRITES = {"config", "hub", "resume", "cli", "comparison", "checkpoints", "latency"}  # and caches of timings
 DRAWS = {"plots"}  # figures into a folder that it is given
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 

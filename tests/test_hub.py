@@ -26,9 +26,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_camphive import hub
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import ModelError, OutputError
+from hf_camphive.footprint import footprint
 from hf_camphive.modeling_camphive import resize, widths_of
 from hf_camphive.plan import ChannelGroup, PrunePlan, plans_from_json
-from hf_camphive.report import PruneReport, Stage, footprint
+from hf_camphive.report import PruneReport, Stage
 
 LABELS = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FILES = {

@@ -18,6 +18,7 @@ from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, PlanError
+from hf_camphive.footprint import count_macs, measure_latency
 from hf_camphive.graph import named_tensors
 from hf_camphive.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.merging import merge
@@ -27,7 +28,6 @@ from hf_camphive.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_js
 from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.reconstruction import reconstruct
-from hf_camphive.report import count_macs, measure_latency
 from hf_camphive.surgery import apply_plan, check_groups, mask_state
 from hf_camphive.tracing import trace_network
 

@@ -20,7 +20,9 @@ from hf_camphive.graph import named_tensors
 from hf_camphive.latency import Axis, Grid, LatencyTable, best_times, fit, latency_parts
 from hf_camphive.limits import floors
 from hf_camphive.operations import network_operations
-from hf_camphive.tracing import trace_network
+from hf_camphive.plan import ChannelCut, PrunePlan
+from hf_camphive.surgery import apply_plan
+from hf_camphive.tracing import Trace, trace_network
 
 FULL, SMALLEST = 10.0, 6.0  # milliseconds of the whole network, in this timer's world
 
@@ -123,15 +125,23 @@ def test_depthwise_convolutions_keep_a_group_a_channel(table):
     "name",
     ["efficientnet_b0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "resnet50"))],
 )
-def test_sizes_agree_with_one_another_at_any_width(name):
-    """Every operation at reduced widths is run, on the meta device: shapes that did not fit would be refused."""
+def test_sizes_at_reduced_widths_are_those_of_the_network_cut_to_them(name):
     net = timm.create_model(name).eval()
-    trace = trace_network(net, net.pretrained_cfg["input_size"])
-    shapes = {key: tuple(tensor.shape) for key, tensor in named_tensors(net).items()}
+    trace = trace_network(net, (3, 64, 64))
     kept = {group.name: group.size if group.frozen else max(1, group.size // 2) for group in trace.groups}
-    for op in network_operations(trace, (), shapes, 2, False):
-        _, args = op.at([width.at(kept) for width in op.widths], torch.float32)
-        latency._prepare_operation(op.target, args, torch.device("meta"), torch.float32)()()
+    cuts = tuple(ChannelCut(g.name, tuple(range(kept[g.name]))) for g in trace.groups if not g.frozen)
+    small = apply_plan(net, PrunePlan(trace.groups, (), cuts, (), "magnitude", "none", 1, 1), trace)
+    found = operations_at(net, trace, kept)
+    after = trace_network(small, (3, 64, 64))
+    assert found == operations_at(small, after, {group.name: group.size for group in after.groups})
+    assert found != operations_at(net, trace, {group.name: group.size for group in trace.groups})
+
+
+def operations_at(net: nn.Module, trace: Trace, kept: dict[str, int]) -> list[str]:
+    """Every operation with the sizes of its arguments, where so many channels of each group are kept."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in named_tensors(net).items()}
+    operations = network_operations(trace, (), shapes, 2, False)
+    return [op.at([width.at(kept) for width in op.widths], torch.float32)[0] for op in operations]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from hf_camphive.footprint import Footprint, Latency
 from hf_camphive.plots import (
     MOST_CURVES,
     draw_finetune,
@@ -17,7 +18,7 @@ from hf_camphive.plots import (
     draw_summary,
     draw_widths,
 )
-from hf_camphive.report import Accuracy, Footprint, GroupRow, Latency, PruneReport, Stage
+from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage
 
 GROUPS = (
     GroupRow("conv1", 16, 12, None),

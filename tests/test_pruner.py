@@ -19,18 +19,19 @@ from PIL import Image
 from torch import nn
 
 import hf_camphive
-from hf_camphive import hub, pruner, training
+from hf_camphive import checkpoints, hub, pruner, steps, training
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, DataError, ModelError, OutputError, PlanError
+from hf_camphive.evaluation import evaluate_accuracy
+from hf_camphive.footprint import count_macs, count_parameters, measure_latency
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.report import REPORT_FILE, PruneReport, count_macs, count_parameters, measure_latency
+from hf_camphive.report import REPORT_FILE, PruneReport
 from hf_camphive.resume import IterationMemory
-from hf_camphive.training import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(
     calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0
@@ -143,7 +144,7 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
         errors = [(job.net(images) - whole.dense(images)).square().mean() for job in (whole, rough)]
     assert errors[0] < 1.1 * errors[1]  # here there is little to win: a polish must not spoil it
     with monkeypatch.context() as patch:
-        patch.setattr(pruner, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+        patch.setattr(steps, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             pruned(config, work_dir=tmp_path / "work")
     resumed = pruned(config, work_dir=tmp_path / "work", resume=True)
@@ -419,11 +420,11 @@ def kill_after(monkeypatch, owner, name, count):
 KILLS = {
     "before the first cycle": (pruner, "save_progress", 1),
     "after the first cycle": (pruner, "save_progress", 2),
-    "before the second cycle is kept": (pruner, "apply_plan", 2),
+    "before the second cycle is kept": (steps, "apply_plan", 2),
     "after the last cycle": (pruner, "save_progress", 3),
     "before finetuning": (pruner, "save_progress", 4),
     "in the first epoch": (training._Job, "run_epoch", 1),
-    "after the first epoch": (training._CheckpointStore, "save", 1),
+    "after the first epoch": (checkpoints.CheckpointStore, "save", 1),
     "after finetuning": (pruner, "finetune", 1),
 }
 
@@ -459,7 +460,7 @@ def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch):
         kill_after(patch, *KILLS["before finetuning"])
         with pytest.raises(Killed):
             pruned(TWO_CYCLES, work_dir=tmp_path / "work")
-    monkeypatch.setattr(pruner, "make_plan", lambda *a: pytest.fail("planned again"))
+    monkeypatch.setattr(steps, "make_plan", lambda *a: pytest.fail("planned again"))
     pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
 
 

@@ -64,7 +64,7 @@ def test_macs_of_the_weights_are_torchs_own_count():
     net = timm.create_model("mobilenetv2_100").eval()
     trace = trace_network(net, (3, 224, 224))
     sizes = {name: p.numel() for name, p in net.named_parameters()}
-    from hf_camphive.report import count_macs
+    from hf_camphive.footprint import count_macs
 
     assert sum(count * sizes[name] for name, count in trace.positions.items()) == count_macs(net, (3, 224, 224))
 

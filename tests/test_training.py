@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import math
 import os
 import random
@@ -21,19 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hf_camphive import precision as precisions
-from hf_camphive import training
+from hf_camphive.checkpoints import CheckpointStore
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import ConfigError, DataError, TrainingError
+from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
+from hf_camphive.launch import make_accelerator
+from hf_camphive.optimization import classification_loss, warmup_cosine
 from hf_camphive.precision import choose_precision
-from hf_camphive.training import (
-    classification_loss,
-    evaluate_accuracy,
-    finetune,
-    make_accelerator,
-    recalibrate_batchnorm,
-    train_head,
-    warmup_cosine,
-)
+from hf_camphive.training import finetune, train_head
 
 CLASSES, SIZE = 7, 6
 CONFIG = CampHiVeConfig(mixed_precision="no", learning_rate=0.05, num_train_epochs=2.0, distillation=0.0)
@@ -97,13 +91,6 @@ def fresh_accelerator(config=CONFIG):
     return make_accelerator(config)
 
 
-@pytest.fixture
-def accelerator():
-    yield fresh_accelerator()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 def same(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -114,46 +101,6 @@ def accuracy_by_hand(net, dataset):
         order = net.eval()(dataset.images).argsort(dim=1, descending=True)
     hit = order == dataset.labels[:, None]
     return hit[:, 0].double().mean().item(), hit[:, :5].any(1).double().mean().item()
-
-
-# ---- evaluation
-
-
-@pytest.mark.parametrize("rows", [1, 8, 21])
-def test_accuracy_counts_every_row_once(accelerator, rows):
-    net, dataset = Net().train(), Images(rows)
-    top1, top5 = accuracy_by_hand(copy.deepcopy(net), dataset)
-    found = evaluate_accuracy(net, DataLoader(dataset, batch_size=8), accelerator, "test")
-    assert (found.images, found.split) == (rows, "test")
-    assert (found.top1, found.top5) == pytest.approx((top1, top5), abs=1e-12)
-    assert net.training and same(net, Net())
-
-
-def test_outputs_that_are_no_numbers_are_not_called_accuracy(accelerator):
-    net = Net()
-    net.fc.bias.data[3] = math.nan
-    with pytest.raises(TrainingError, match=r"not numbers on 21 of 21 images of 'test'"):
-        evaluate_accuracy(net, DataLoader(Images(21), batch_size=8), accelerator, "test")
-
-
-def test_an_empty_split_is_refused(accelerator):
-    with pytest.raises(DataError, match="no images"):
-        evaluate_accuracy(Net(), DataLoader(Images(0)), accelerator, "test")
-
-
-@pytest.mark.realdata
-def test_a_published_network_has_its_published_accuracy(accelerator):
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    weights = folder / "weights" / "cifar10_resnet20.safetensors"
-    if not weights.exists():
-        pytest.skip(f"CIFAR-10 and its weights are not in {folder}")
-    from hf_camphive.data import load_loaders
-    from hf_camphive.models import load_base
-
-    net = load_base("cifar_resnet20", str(weights)).net
-    test = load_loaders(str(folder / "cifar10"), net, CONFIG).test
-    found = evaluate_accuracy(net, test, accelerator, "test")
-    assert found.images == 10_000 and found.top1 == pytest.approx(0.9173, abs=2e-4)
 
 
 # ---- loss and schedule
@@ -340,7 +287,7 @@ class Stop(Exception):
 
 def interrupted(net, config, accelerator, folder, after, monkeypatch, given=None):
     """Finetune, and die right after the checkpoint of epoch `after`."""
-    save = training._CheckpointStore.save
+    save = CheckpointStore.save
 
     def save_then_stop(store, progress):
         save(store, progress)
@@ -348,7 +295,7 @@ def interrupted(net, config, accelerator, folder, after, monkeypatch, given=None
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training._CheckpointStore, "save", save_then_stop)
+        patch.setattr(CheckpointStore, "save", save_then_stop)
         finetune(net, given or loaders(jitter=True), config, accelerator, Net(), folder)
 
 
@@ -433,40 +380,6 @@ def test_only_the_head_learns(accelerator):
     assert all(p.grad is None for p in net.parameters())
 
 
-# ---- BatchNorm
-
-
-@pytest.mark.parametrize("batch", [5, 8, 20])
-def test_recalibration_is_exact_for_one_norm(accelerator, batch):
-    dataset, net = Images(21), Net().train()  # the last batch is a single image
-    dataset.images[-1] += 30
-    recalibrate_batchnorm(net, DataLoader(dataset, batch_size=batch), accelerator)
-    x = net.conv(dataset.images).double()
-    torch.testing.assert_close(net.norm.running_mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(net.norm.running_var.double(), x.var((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    assert net.training and net.norm.num_batches_tracked == 0
-    assert not net.norm._forward_pre_hooks
-
-
-def test_recalibration_of_many_norms_is_that_of_training_mode(accelerator):
-    import timm
-
-    net = timm.create_model("efficientnet_lite0", num_classes=3, drop_rate=0.5).double()
-    expected, images = copy.deepcopy(net).eval(), torch.randn(6, 3, 64, 64, dtype=torch.float64)
-    for module in expected.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-            module.training = True
-    with torch.no_grad():
-        expected(images)
-    rows = [{"pixel_values": image, "labels": 0} for image in images]
-    recalibrate_batchnorm(net, DataLoader(rows, batch_size=6), accelerator)
-    for (name, found), wanted in zip(net.state_dict().items(), expected.state_dict().values()):
-        if "num_batches" not in name:
-            torch.testing.assert_close(found, wanted, msg=name)
-
-
 # ---- precision
 
 
@@ -499,46 +412,6 @@ def test_auto_probes_without_touching_anything(accelerator, monkeypatch):
     assert log.mixed_precision == "no" and same(net, expected)
     monkeypatch.setattr(precisions, "WORTHWHILE", math.inf)
     assert finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator).mixed_precision == "bf16"
-
-
-# ---- launching
-
-
-def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"one of 2 processes.*ACCELERATE_USE_CPU=true"):
-        fresh_accelerator()
-
-
-def test_half_a_launch_is_refused(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match=r"cannot start as it was launched.*MASTER_ADDR"):
-        fresh_accelerator()
-
-
-def test_a_launch_that_became_one_process_is_told(monkeypatch, caplog):
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with caplog.at_level(logging.WARNING):
-        fresh_accelerator()
-    assert "ignores --num_processes on CPU" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_sharded_launches_are_refused(monkeypatch, kind):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ConfigError, match=f"{kind}.*second derivatives.*--multi_gpu"):
-        fresh_accelerator()
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_fp16_needs_a_gpu():
-    with pytest.raises(ConfigError, match=r"fp16.*needs a GPU"):
-        fresh_accelerator(replace(CONFIG, mixed_precision="fp16"))
 
 
 # ---- two processes

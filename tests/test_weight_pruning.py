@@ -9,15 +9,15 @@ import torch
 from test_criteria import subject_for
 from test_pruner import KILLS, Killed, digits, kill_after, pruned
 from test_training import CONFIG as TRAINING
-from test_training import Net, Stop, fresh_accelerator, interrupted, loaders  # noqa: F401
+from test_training import Net, interrupted, loaders
 
 import hf_camphive
-from hf_camphive import pruner
+from hf_camphive import pruner, steps
 from hf_camphive.config import CampHiVeConfig
+from hf_camphive.footprint import measure_latency
 from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.report import measure_latency
 from hf_camphive.second_order import dominant_eigenvector
 from hf_camphive.training import finetune
 from hf_camphive.weight_pruning import merge_weights, zero_share, zero_weights
@@ -66,15 +66,6 @@ def test_each_tensor_loses_its_least_curved_weights():
 
 
 # Finetuning
-
-
-@pytest.fixture
-def accelerator():
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield fresh_accelerator()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 SPARSE = replace(
@@ -165,7 +156,7 @@ def test_a_killed_run_on_weights_keeps_its_zeros(finished, tmp_path, monkeypatch
         kill_after(patch, *KILLS["before finetuning"][:2], 2)
         with pytest.raises(Killed):
             pruned(WEIGHTS, work_dir=tmp_path / "work")
-    monkeypatch.setattr(pruner, "zero_weights", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(steps, "zero_weights", lambda *_: pytest.fail("scored again"))
     job = pruned(WEIGHTS, work_dir=tmp_path / "work", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(job.net.state_dict().values(), finished[0].net.state_dict().values()))
     assert job.report.notes == finished[0].report.notes

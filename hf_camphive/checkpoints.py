@@ -1,0 +1,98 @@
+"""Checkpoints of a training run: one folder an epoch, of which the newest complete one stays."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from .errors import ConfigError, TrainingError
+from .precision import Precision
+from .report import format_share
+
+PROGRESS_FILE = "progress.json"
+DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """After `epoch` epochs: the last one's mean training loss, last learning rate and wall time; validation top-1."""
+
+    epoch: float
+    loss: float
+    learning_rate: float
+    validation_top1: float | None
+    seconds: float
+
+    def __str__(self) -> str:
+        top1 = "" if self.validation_top1 is None else f", validation top-1 {format_share(self.validation_top1)}"
+        return f"loss {self.loss:.3g}{top1}, {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """What a checkpoint holds beside Accelerate's own files; `generator` is the state of the shuffling."""
+
+    fingerprint: dict[str, Any]
+    precision: Precision
+    steps: int
+    epochs: tuple[EpochLog, ...]
+    generator: str | None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainingProgress":
+        return cls(**values | {"epochs": tuple(EpochLog(**epoch) for epoch in values["epochs"])})
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The newest complete checkpoint of a run in a folder: written beside the last one, then renamed."""
+
+    folder: Path
+    accelerator: Accelerator
+
+    def newest(self) -> Path | None:
+        return max(self.folder.glob("epoch-*"), key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+    def save(self, progress: TrainingProgress) -> None:
+        draft, final = self.folder / "unfinished", self.folder / f"epoch-{len(progress.epochs)}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(draft))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (draft / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
+            shutil.rmtree(final, ignore_errors=True)
+            draft.rename(final)
+            for old in set(self.folder.glob("epoch-*")) - {final}:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Path, fingerprint: Mapping[str, Any]) -> TrainingProgress:
+        """Bring everything prepared back to the checkpoint; raises `ConfigError` where it is another run's."""
+        try:
+            progress = TrainingProgress.from_dict(json.loads((checkpoint / PROGRESS_FILE).read_text()))
+            before = progress.fingerprint
+            if differing := sorted(
+                k for k in before.keys() | fingerprint.keys() if before.get(k) != fingerprint.get(k)
+            ):
+                raise ConfigError(
+                    f"the checkpoint {checkpoint} is of a run with other settings ({', '.join(differing)}); "
+                    "resume with the same command, or start afresh without --resume"
+                )
+            self.accelerator.load_state(str(checkpoint))
+        except DAMAGED as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise TrainingError(
+                f"the checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); "
+                "delete it to start finetuning afresh"
+            ) from error
+        return progress

@@ -1,0 +1,171 @@
+"""Where images come from: a bundled, Hub or local dataset is opened, and its columns and classes are found."""
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+from torch import nn
+
+from .errors import DataError
+from .splits import stratified
+
+ALIASES = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+}
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values")
+_LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels", "cls", "target", "class")
+
+
+def open_dataset(
+    dataset_id: str, config_name: str | None = None, streaming: bool = False
+) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    """The splits of a bundled, Hub or local dataset, by name; raises `DataError` where there is none."""
+    if dataset_id == "digits":
+        splits = digits()
+        return {s: rows.to_iterable_dataset() for s, rows in splits.items()} if streaming else splits
+    folder = Path(dataset_id)
+    is_folder = folder.is_dir() and dataset_id not in ALIASES
+    name, _, revision = (dataset_id, "", "") if is_folder else dataset_id.partition("@")
+    try:
+        if is_folder and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
+            found = datasets.load_from_disk(dataset_id)
+            found = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+            return {s: rows.to_iterable_dataset() for s, rows in found.items()} if streaming else found
+        found = datasets.load_dataset(
+            ALIASES.get(name, name), config_name, revision=revision or None, streaming=streaming
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(_cannot_open(dataset_id, is_folder, error)) from error
+    return _with_features(found) if streaming else dict(found)
+
+
+def digits() -> dict[str, datasets.Dataset]:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, always divided into the same 1197/300/300 rows."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second, and few runs need it
+
+    bunch = load_digits()
+    images = [PIL.Image.fromarray(image) for image in (bunch.images * (255 / 16)).round().astype(np.uint8)]
+    names = [str(digit) for digit in range(10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"image": images, "label": bunch.target}, features=features)
+    rng = np.random.default_rng(0)
+    test = stratified(bunch.target, 300, rng)
+    rest = np.setdiff1d(np.arange(len(rows)), test)
+    validation = rest[stratified(bunch.target[rest], 300, rng)]
+    parts = {"train": np.setdiff1d(rest, validation), "validation": validation, "test": test}
+    return {split: rows.select(np.sort(part)) for split, part in parts.items()}
+
+
+def find_columns(features: Mapping[str, Any], image: str | None = None, label: str | None = None) -> tuple[str, str]:
+    """The image and the label column: by type first, by usual names among several; given names win.
+
+    Raises `DataError` where there is none, or no way to choose.
+    """
+    return (
+        _find_column(features, image, _is_image, _IMAGE_NAMES, "image", "images"),
+        _find_column(features, label, _is_label, _LABEL_NAMES, "label", "whole numbers or class labels"),
+    )
+
+
+def read_labels(rows: datasets.Dataset, label: str) -> np.ndarray:
+    """The labels of all rows, int64 [N]; a missing label is -1. No image is read."""
+    column = rows.select_columns([label]).with_format("arrow")[:][label]
+    return column.fill_null(-1).to_numpy().astype(np.int64)
+
+
+def class_names(feature: Any, highest: int, net: nn.Module) -> tuple[str, ...]:
+    """One name a class: the dataset's where it names all labels up to `highest`, else the network's, else numbers."""
+    names = tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
+    if highest < len(names):
+        return names
+    if highest < net.num_classes:
+        names = tuple(net.pretrained_cfg.get("label_names") or ())
+        return names if len(names) == net.num_classes else tuple(str(i) for i in range(net.num_classes))
+    return tuple(str(i) for i in range(highest + 1))
+
+
+def revision_read(dataset_id: str, splits: Mapping[str, Any]) -> str | None:
+    """The commit that a Hub dataset was read at (a folder in the cache of `datasets`), else the revision asked for."""
+    for rows in splits.values():
+        for file in getattr(rows, "cache_files", ()):
+            if commits := [part for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)]:
+                return commits[-1]
+    return dataset_id.partition("@")[2] or None
+
+
+def _with_features(streams: Mapping[str, datasets.IterableDataset]) -> dict[str, datasets.IterableDataset]:
+    # Without a header, the columns of a stream are known only from its first rows.
+    return {split: rows if rows.features else rows._resolve_features() for split, rows in streams.items()}
+
+
+def _cannot_open(dataset_id: str, is_folder: bool, error: BaseException) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, ValueError) and re.search("config", reason, re.IGNORECASE):
+        return f"dataset {dataset_id!r} cannot be opened ({reason}); pass --dataset-config-name"
+    if is_folder:
+        return (
+            f"folder {dataset_id!r} cannot be read as a dataset ({reason}); it should hold parquet files, one "
+            "folder of images a class (perhaps under train/, validation/, test/), or what `save_to_disk` wrote"
+        )
+    if Path(dataset_id).is_file():
+        return f"{dataset_id!r} is a file; give the folder that holds it"
+    close = [name for name in get_close_matches(dataset_id, ["digits", *ALIASES], n=1) if name != dataset_id]
+    hint = f"did you mean {close[0]!r}? Otherwise check" if close else "check"
+    return (
+        f"dataset {dataset_id!r} is neither a folder nor a dataset that can be reached ({reason}); {hint} the id on "
+        "https://huggingface.co/datasets and the network (HF_HUB_OFFLINE allows cached datasets only), log in with "
+        "`hf auth login` if it is gated, or give a folder"
+    )
+
+
+def _find_column(
+    features: Mapping[str, Any], given: str | None, fits: Any, usual: Iterable[str], kind: str, content: str
+) -> str:
+    flag = f"--{kind}-column-name"
+    columns = ", ".join(features)
+    if given is not None:
+        if given not in features:
+            close = get_close_matches(given, features, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"pass one of them as {flag}"
+            raise DataError(f"there is no {kind} column {given!r} among {columns}; {hint}")
+        if not fits(features[given]):
+            raise DataError(
+                f"column {given!r} holds {_type_name(features[given])}, not {content}; pass another column as "
+                f"{flag}, or convert it with `datasets` (cast_column for images, class_encode_column for names)"
+            )
+        return given
+    fitting = [column for column, feature in features.items() if fits(feature)]
+    if named := [column for column in usual if column in fitting]:
+        return named[0]
+    if kind == "label":
+        classes = [column for column in fitting if isinstance(features[column], datasets.ClassLabel)]
+        fitting = classes or fitting
+        if (unfit := [c for c in usual if c in features]) and not classes:
+            raise DataError(
+                f"column {unfit[0]!r} holds {_type_name(features[unfit[0]])}, not {content}; convert it with "
+                f"`datasets` (class_encode_column), or pass another of the columns {columns} as {flag}"
+            )
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"several {kind} columns ({', '.join(fitting)})" if fitting else f"no {kind} column"
+    raise DataError(f"the dataset has {found} among {columns}; pass the right one as {flag}")
+
+
+def _is_image(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _is_label(feature: Any) -> bool:
+    is_integer = isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+", feature.dtype) is not None
+    return is_integer or isinstance(feature, datasets.ClassLabel)
+
+
+def _type_name(feature: Any) -> str:
+    return f"{feature.dtype} values" if isinstance(feature, datasets.Value) else type(feature).__name__

@@ -1,0 +1,295 @@
+"""The steps of a cycle: trace -> score -> plan -> merge -> cut, and the polish after the last one.
+
+Each step is a function of another module; this one holds what lies between them: the network as it is now and the plans
+that led to it. Of datasets, accuracies and folders it knows nothing.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from .branches import droppable_branches, exterior_groups
+from .budgets import dense_sizes, is_finished, next_targets
+from .calibration import Calibration
+from .config import CampHiVeConfig
+from .criteria import CRITERIA
+from .errors import ConfigError, PlanError
+from .evaluation import recalibrate_batchnorm
+from .evidence import Evidence, Memory, Scores
+from .graph import named_tensors
+from .implants import with_implants
+from .latency import LatencyTable, latency_parts
+from .launch import make_accelerator
+from .merging import MERGE_RULES, merge, with_pairs
+from .models import BaseModel, as_base
+from .plan import PrunePlan
+from .planning import Budgeted, Part, make_plan
+from .polish import polish
+from .precision import polish_precision
+from .surgery import apply_plan, check_groups
+from .tracing import Trace, trace_network
+from .weight_pruning import zero_share, zero_weights
+
+logger = logging.getLogger(__name__)
+_IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+class PruningSteps:
+    """A copy of a network under way: `net` as it is now, `dense` as it was, and the `plans` in between.
+
+    `scores` are those of the last plan, `seconds` what each step took, `notes` what a reader should know.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel | nn.Module | str,
+        config: CampHiVeConfig | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.config = config or CampHiVeConfig()
+        self.accelerator = accelerator or make_accelerator(self.config)
+        self.base = as_base(model)
+        self.net = self._placed(copy.deepcopy(self.base.net))
+        self.dense = self.net
+        self.plans: list[PrunePlan] = []
+        self.scores: Scores = {}
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._traced: tuple[nn.Module, Trace] | None = None
+        self._exterior: frozenset[str] | None = None
+        self._table: LatencyTable | None = None
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Size (C, H, W) of the images that the network was made for."""
+        return tuple(self.base.net.pretrained_cfg["input_size"])
+
+    def check_budget(self) -> None:
+        """Raise `PlanError` where nothing can be pruned or the floors do not allow the budget; needs no data."""
+        self.next_target()
+
+    def next_target(self) -> tuple[Trace, int]:
+        """Channel groups of the network as it is now, and the MACs per image that the next cycle should leave."""
+        trace = self._trace()
+        network = self._budgeted(trace, named_tensors(self.net))
+        if not self.config.cuts_channels:
+            return trace, network.macs
+        return trace, int(next_targets(network, self.plans, self.config).get("macs", network.macs))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all cycles are done, or earlier ones left nothing to do: a branch that goes whole may save more."""
+        return is_finished(self.plans, self.config)
+
+    def plan(
+        self, calibration: Batches | Calibration, memory: Memory | None = None, scores: Scores | None = None
+    ) -> PrunePlan:
+        """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
+
+        With granularity "weight" the plan cuts nothing; `apply` then scores and zeroes weights.
+        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. A criterion that iterates keeps where it
+        stands in `memory`, and goes on from there; `scores` that were worked out before on the same network and images
+        are taken as they are. Raises `PlanError` on a budget that cannot be
+        met, and on a network with nothing to prune.
+        """
+        calibration = self._collected(calibration)
+        trace = self._trace()
+        state = named_tensors(self.net)
+        network = self._budgeted(trace, state)
+        if not self.config.cuts_channels:
+            kind = (self.config.criterion, self.config.merge)
+            return PrunePlan(network.groups, network.branches, (), (), *kind, network.macs, network.macs)
+        targets = next_targets(network, self.plans, self.config)
+        if not self.plans:
+            self._exterior = network.exterior
+        with self._timed("score"), torch.no_grad():
+            self.scores = (
+                scores
+                if scores is not None
+                else CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
+            )
+        with self._timed("plan"):
+            return with_pairs(self._planned(network, targets, trace), self.scores)
+
+    def apply(
+        self, plan: PrunePlan, calibration: Batches | Calibration | None = None, recalibrate: bool = True
+    ) -> nn.Module:
+        """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
+
+        Without `recalibrate` the last step is left to the caller.
+
+        Raises `PlanError` where the plan was made for another network, `ConfigError` where its merge rule looks at data
+        and there is no calibration.
+        """
+        rule = MERGE_RULES[plan.merge]
+        if calibration is None and (rule.looks_at_data or rule.recalibrate):
+            raise ConfigError(
+                f"merge rule {plan.merge!r} looks at images; pass the calibration loader to apply as well"
+            )
+        calibration = None if calibration is None else self._collected(calibration)
+        trace = self._trace()
+        if plan.groups != trace.groups:
+            raise PlanError(
+                "this plan was made for another network: its channel groups differ from those of this one; call plan again"
+            )
+        if not self.config.cuts_channels:
+            self.net = self._with_zeros(trace, calibration)
+        else:
+            with self._timed("merge"):
+                state = merge(
+                    named_tensors(self.net),
+                    plan,
+                    trace,
+                    calibration.images if calibration else (),
+                    self.config,
+                    reduce=self._reduce,
+                    progress=self._progress,
+                )
+            with self._timed("cut"):
+                self.net = apply_plan(self.net, plan, trace, state)
+        if rule.recalibrate and recalibrate:
+            with self._timed("recalibrate"):
+                batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
+                recalibrate_batchnorm(self.net, batches, self.accelerator)
+        self.plans.append(plan)
+        if plan.implants:
+            self.notes.append(
+                f"{sum(map(len, plan.implants.values()))} of the removed channels of cycle {len(self.plans)} keep 1x1 "
+                f"kernels (neural implants), {_IMPLANTS_START[rule.mix is None]}."
+            )
+        return self.net
+
+    def polish(self, calibration: Batches | Calibration) -> nn.Module:
+        """Bring the logits of `net` nearer to the dense network's by `config.polish_steps` label-free steps, in place."""
+        calibration = self._collected(calibration)
+        with self._timed("polish"):
+            batch = {"pixel_values": calibration.images[0], "labels": calibration.labels[0]}
+            polish(
+                self.net,
+                self.dense,
+                calibration,
+                self.config.polish_steps,
+                seed=self.config.seed,
+                precision=polish_precision(self.net, batch, self.config, self.accelerator),
+                reduce=self._reduce,
+                progress=self._progress,
+            )
+        return self.net
+
+    @property
+    def _progress(self) -> bool:
+        return self.accelerator.is_local_main_process
+
+    def _placed(self, net: nn.Module) -> nn.Module:
+        return net.to(self.accelerator.device, memory_format=torch.channels_last).eval()
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum").to(tensor.device)
+
+    def _collected(self, calibration: Batches | Calibration) -> Calibration:
+        if isinstance(calibration, Calibration):
+            return calibration
+        accelerator = self.accelerator
+        return Calibration.collect(
+            calibration, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+
+    def _trace(self) -> Trace:
+        """Groups of the network as it is now, each guarded by experiment."""
+        if self._traced is None or self._traced[0] is not self.net:
+            with self._timed("trace"):
+                trace = trace_network(self.net, self.input_size)
+                trace = check_groups(self.net, trace, torch.Generator().manual_seed(self.config.seed))
+            self._traced = (self.net, trace)
+        return self._traced[1]
+
+    def _evidence(self, trace: Trace, calibration: Calibration, memory: Memory | None = None) -> Evidence:
+        return Evidence(
+            trace,
+            named_tensors(self.net),
+            calibration.images,
+            calibration.labels,
+            calibration.indices,
+            calibration.total,
+            self.config,
+            self._reduce,
+            self._progress,
+            memory,
+        )
+
+    def _with_zeros(self, trace: Trace, calibration: Calibration) -> nn.Module:
+        """A copy of the network with its less significant weights merged and zeroed, and a note of how many are."""
+        net = copy.deepcopy(self.net)
+        with self._timed("score and merge"), torch.no_grad():
+            for name, weight in zero_weights(self._evidence(trace, calibration)).items():
+                net.get_parameter(name).copy_(weight)
+        self.notes.append(
+            f"{zero_share(net, trace.positions):.1%} of the weights of {len(trace.positions)} convolutions and linear "
+            "layers are zero, and finetuning keeps them so; nothing was cut: zeros save neither MACs nor time."
+        )
+        logger.info(self.notes[-1])
+        return net
+
+    def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        network = Budgeted(
+            trace.groups,
+            droppable_branches(trace),
+            exterior_groups(trace),
+            trace.positions,
+            shapes,
+            frozenset(name for name, _ in self.net.named_parameters()),
+            dense_sizes=dense_sizes(trace.groups, self.plans),
+        )
+        return replace(network, operations=self._operations(network, trace)) if self.config.target_latency else network
+
+    def _operations(self, network: Budgeted, trace: Trace) -> tuple[Part, ...]:
+        """What takes the network's time; measured by the main process, so that all plan by the same table."""
+        table = self._table = self._table or LatencyTable(self.accelerator.device)
+        arguments = (self.net, trace, network.branches, network.floors(self.config), table)
+        options = {
+            "batch": self.config.latency_batch_size,
+            "folded": self.config.latency_folded,
+            "step": self.config.width_step,
+        }
+        with self._timed("time layers"):
+            if self.accelerator.num_processes > 1:
+                if self.accelerator.is_main_process:
+                    latency_parts(*arguments, **options, progress=self._progress)
+                table.ms = broadcast_object_list([table.ms])[0]
+            return latency_parts(*arguments, **options, progress=self._progress)
+
+    def _planned(self, network: Budgeted, targets: dict[str, float], trace: Trace) -> PrunePlan:
+        def plan_for(macs: float) -> PrunePlan:
+            return make_plan(network, self.scores, {**targets, "macs": macs}, self.config)
+
+        if not self.config.implant_ratio:
+            return make_plan(network, self.scores, targets, self.config)
+        return with_implants(
+            plan_for, int(targets["macs"]), self.config.implant_ratio, self.scores, trace, network.shapes
+        )
+
+    def _out_of_scope(self) -> frozenset[str]:
+        """Groups of the dense network that the run was asked to leave alone."""
+        if self.config.scope == "all":
+            return frozenset()
+        if self._exterior is None:  # a resumed run never traced the dense network
+            self._exterior = exterior_groups(trace_network(self.dense, self.input_size))
+        return self._exterior
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
