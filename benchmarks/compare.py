@@ -21,6 +21,7 @@ from pathlib import Path
 from networks import NETWORKS, Network, folder_of
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
+from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.errors import CampHiVeError
@@ -55,6 +56,7 @@ JOBS: dict[str, Callable[[Network], tuple[Cell, ...]]] = {"reach": reach, "ablat
 def main() -> None:
     """Run what is asked for and not done yet, then render the page."""
     options = _parser().parse_args()
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_camphive.comparison").setLevel(logging.INFO)
     results = options.output or DOCS / "results" / "compare"
@@ -77,7 +79,7 @@ def open_comparison(
 ) -> Comparison:
     """The comparison of a network, with what is kept of it; other polishing, and finetuning, stand in folders of their own."""
     network = NETWORKS[name]
-    trained = f"_{options.polish_steps}_steps" if options.polish_steps != DEFAULT.polish_steps else ""
+    trained = f"_{options.polish_steps}_steps" if options.polish_steps else ""
     trained += f"_{options.epochs:g}_epochs" if options.epochs else ""
     base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
     dataset = folder_of(network, options.data)
@@ -163,8 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="regular expression that a run's name must match; see --list")
     parser.add_argument("--list", action="store_true", help="list the runs instead of running them")
     parser.add_argument("--epochs", type=float, default=0.0, help="epochs of finetuning (default: none)")
-    steps = DEFAULT.polish_steps
-    parser.add_argument("--polish-steps", type=int, default=steps, help=f"label-free steps after the cut ({steps})")
+    parser.add_argument("--polish-steps", type=int, default=0, help="label-free steps after the cut (0)")
     parser.add_argument("--max-eval-samples", type=int, help="test images for a quick trial; needs --output")
     parser.add_argument("--output", type=Path, help="folder of the results, if not docs/results/compare")
     return parser

@@ -35,6 +35,7 @@ from peers import (
 from torch import Tensor, distributed
 
 from hf_camphive import CampHiVeConfig
+from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.calibration import Calibration
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.curvature import Curvature
@@ -76,6 +77,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("hf_camphive").setLevel(logging.ERROR)
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # products are float32 throughout, see `product` for what TF32 would do
     options = Options(
         None if given.quick else given.data,
@@ -365,6 +367,7 @@ def processes(options: Options) -> dict:
 
 def _share(rank: int, case: Case, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
     def reduced(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from networks import NETWORKS, loaders_of
 from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base
+from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.calibration import Calibration
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.folding import fold_batchnorm
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="evaluate on the test images as well")
     options = parser.parse_args()
     logging.getLogger("hf_camphive").setLevel(logging.WARNING)
+    keep_freed_memory()
     torch.set_num_threads(options.threads)  # also while planning: a latency plan is for that many
     results = RESULTS / "latency.json"
     rows = json.loads(results.read_text()) if results.exists() else {}
@@ -137,7 +139,7 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     if job.torch_pruning:
         net = with_torch_pruning(base.net, loaders, **job.torch_pruning)
     elif job.options:
-        pruner = CampHiVePruner(base, CampHiVeConfig(num_train_epochs=0, **job.options))
+        pruner = CampHiVePruner(base, CampHiVeConfig(num_train_epochs=0, polish_steps=0, **job.options))
         calibration = Calibration.collect(loaders.calibration)
         plan = pruner.plan(calibration)
         net = pruner.apply(plan, calibration)

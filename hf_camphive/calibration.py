@@ -1,6 +1,6 @@
 """The calibration set: images and labels held in memory, and one process's share of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +50,20 @@ class Calibration:
 
         images = images.contiguous(memory_format=torch.channels_last)
         return cls(share(images), share(labels), share(torch.arange(len(images))), len(images))
+
+    def split(self, every: int) -> tuple["Calibration", "Calibration"]:
+        """All but one image in `every`, and those that are left out, each numbered from 0 on; the same on all processes."""
+        left_out = [indices % every == every - 1 for indices in self.indices]
+        count = self.total // every
+        fitted = self._chosen(
+            [~mask for mask in left_out], lambda numbers: numbers - numbers // every, self.total - count
+        )
+        return fitted, self._chosen(left_out, lambda numbers: numbers // every, count)
+
+    def _chosen(self, masks: Sequence[Tensor], renumber: Callable[[Tensor], Tensor], total: int) -> "Calibration":
+        batches = [
+            (images[mask].contiguous(memory_format=torch.channels_last), labels[mask], renumber(indices[mask]))
+            for images, labels, indices, mask in zip(self.images, self.labels, self.indices, masks)
+            if mask.any()
+        ]
+        return Calibration(*zip(*batches), total) if batches else Calibration((), (), (), total)

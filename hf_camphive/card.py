@@ -306,11 +306,6 @@ def _steps(report: PruneReport) -> str:
         items.append(f"Residual branches removed whole: {', '.join(f'`{name}`' for name in report.dropped)}.")
     if report.head_replaced:
         items.append("The base's classifier was replaced and trained for this dataset before pruning.")
-    if any(stage.name == "polished" for stage in report.stages):
-        items.append(
-            f"Polished: {report.config['polish_steps']} gradient steps towards the base's logits on the calibration images, "
-            "without labels."
-        )
     if report.finetune is None:
         items.append("No finetuning after pruning.")
     else:

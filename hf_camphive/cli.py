@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .allocator import keep_freed_memory
 from .arguments import (
     BUNDLED_MODEL,
     CompareArguments,
@@ -65,6 +66,7 @@ def prune_main() -> int:
 
 
 def _guarded(command: Any, arguments: Sequence[str]) -> int:
+    keep_freed_memory()
     try:
         command(arguments)
     except CampHiVeError as error:

@@ -101,11 +101,12 @@ class Comparison:
         methods: Mapping[str, Method] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.base, self.config, self.load = base, config, load
+        self.base, self.load = base, load
+        self.config = replace(config, polish_steps=config.polish_steps or 0)  # unasked, it would hide what methods do
         self.folder = Path(folder).expanduser().resolve()
         self.methods = dict(methods or {})
         self.accelerator = accelerator or make_accelerator(config)
-        self.settings = _settings(base, config, data)
+        self.settings = _settings(base, self.config, data)
         self.results = self._kept()
         self.dense = copy.deepcopy(base.net).to(self.accelerator.device, memory_format=torch.channels_last).eval()
         self._images: tuple[tuple[int, int], _Images] | None = None
@@ -169,7 +170,7 @@ class Comparison:
             pruner.net = recalibrated if rule.recalibrate else cut
         accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
         polished = None
-        if config.polish_steps:
+        if config.label_free_steps:
             polished = images.accuracy(pruner.polish(images.calibration), self.accelerator).top1
         return Row(
             cell,

@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 CONFIG_FILE = "camphive_config.json"
 SCHEMA = 1
+USUAL_POLISH_STEPS = 100
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -104,9 +105,9 @@ class CampHiVeConfig:
     power_tolerance: float = _option(0.05, "Stop the eigensolver at this residual ||Av - lambda v|| / |lambda|.")
     curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
-    polish_steps: int = _option(
-        0,
-        "Gradient steps towards the dense network's logits on calibration images after the cut, without labels: a few points at high ratios, where its check lets it (100 is a good number); 0 skips them.",
+    polish_steps: int | None = _option(
+        None,
+        "Gradient steps towards the dense network's logits on calibration images after the cut, without labels, as far as held out images say that they help (default: 100 where no finetuning follows, else 0).",
     )
 
     # Finetuning
@@ -140,7 +141,8 @@ class CampHiVeConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in _NOT_NEGATIVE:
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
         for name in ("warmup_ratio", "label_smoothing", "distillation", "implant_ratio"):
             value = getattr(self, name)
             _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
@@ -183,6 +185,14 @@ class CampHiVeConfig:
     def cuts_channels(self) -> bool:
         """Whether channels are cut; single weights are zeroed otherwise, and stay zero."""
         return self.granularity == "channel"
+
+    @property
+    def label_free_steps(self) -> int:
+        """Steps of polishing: `polish_steps`, or 100 where no finetuning follows; none where weights are zeroed."""
+        if not self.cuts_channels:
+            return 0
+        usual = 0 if self.num_train_epochs else USUAL_POLISH_STEPS
+        return usual if self.polish_steps is None else self.polish_steps
 
     @property
     def kept_layers(self) -> tuple[str, ...]:
@@ -240,32 +250,32 @@ class CampHiVeConfig:
 
 
 # Each paper's own choices; its budget is met by `target_macs` (or `sparsity`), and finetuning is ours, without a teacher.
+_AS_IN_PAPERS = {"distillation": 0.0, "polish_steps": 0}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "camphive-paper": {
         **{"criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic", "threshold": "percentile"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", **_AS_IN_PAPERS},
     },
     "camphive-paper-weights": {
         **{"granularity": "weight", "criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic"},
-        "distillation": 0.0,
-        "polish_steps": 0,
+        **_AS_IN_PAPERS,
     },
     "hap": {
         **{"criterion": "hap", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", **_AS_IN_PAPERS},
     },
     "sosp-h": {
         **{"criterion": "sosp-h", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", **_AS_IN_PAPERS},
     },
     "sosp-i": {
         **{"criterion": "sosp-i", "merge": "none", "threshold": "global"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", **_AS_IN_PAPERS},
     },
     "group-fisher": {
         **{"criterion": "fisher", "merge": "none", "threshold": "adaptive"},
-        **{"scope": "all", "distillation": 0.0},
+        **{"scope": "all", **_AS_IN_PAPERS},
     },
 }
 _CUTTING = ("target_macs", "cycles", "threshold", "scope", "round_to", "min_channels")  # no part in zeroing weights

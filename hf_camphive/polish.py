@@ -24,7 +24,7 @@ LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins w
 BETAS = (0.9, 0.99)
 WARMUP = 0.1  # share of the steps
 MOST_IMAGES, MOST_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
-HELD_OUT = 8  # one image in so many is held out
+LINE = (1.0, 0.5, 0.25)  # shares of the way from start to end that are looked at
 TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
 SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
@@ -50,32 +50,36 @@ def polish(
     net: nn.Module,
     dense: nn.Module,
     calibration: Calibration,
+    held_out: Calibration,
     steps: int,
     *,
     seed: int = 0,
     precision: Precision = "no",
     reduce: Reduce = lambda tensor: tensor,
     progress: bool = False,
-) -> None:
+) -> float:
     """Change the weights of `net` in place, by `steps` steps of Adam on the distance of its logits from those of `dense`.
 
     min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
     is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
     network there is the dense network's answer, whatever it is). Both networks are in eval mode.
-    One calibration image in eight is held out, and looked at as it is: where KL(dense || net) at temperature 4 has doubled half-way, or is
-    no less at the end than at the start, the weights come back and a lower learning rate is tried; after the lowest they
-    stay as they were.
+
+    How far to go is judged by images that are held out, as they are: of the points `LINE` between start and end the one with
+    the least KL(dense || net) at temperature 4 is taken, and its share of the way is returned. Where that is the start, or
+    the divergence has doubled half-way, a lower learning rate is tried; after the lowest the weights stay as they were. They
+    must have been held out of the reconstruction too: images that it fitted look nearer than they are, and stop too early.
+
     On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
     weights, which are those of one process up to rounding.
     """
-    if calibration.total < 2 or not steps:
-        return
+    if not (steps and calibration.total and held_out.total):
+        return 0.0
     with _evaluating(dense, gradients=False), _evaluating(net, gradients=True):
-        descent = _Descent(net, dense, calibration, seed, precision, reduce)
+        descent = _Descent(net, dense, calibration, held_out, seed, precision, reduce)
         for learning_rate in LEARNING_RATES:
-            if descent.run(learning_rate, steps, progress):
-                return
-            descent.go_back()
+            if share := descent.run(learning_rate, steps, progress):
+                return share
+    return 0.0
 
 
 class _Descent:
@@ -86,6 +90,7 @@ class _Descent:
         net: nn.Module,
         dense: nn.Module,
         calibration: Calibration,
+        held_out: Calibration,
         seed: int,
         precision: Precision,
         reduce: Reduce,
@@ -94,32 +99,37 @@ class _Descent:
         self.parameters = [parameter for parameter in net.parameters() if parameter.is_floating_point()]
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.own = _Own(calibration)
-        shuffled = torch.randperm(calibration.total, generator=torch.Generator().manual_seed(seed))
-        held_out, self.fitted = shuffled.tensor_split([max(1, calibration.total // HELD_OUT)])
-        batches = held_out.split(_batch_size(held_out, self.own.size))
-        self.held_out = [images for numbers in batches if len(images := self.own.plain(numbers))]
+        self.held_out = held_out.images
         self.targets = [self._target(images) for images in self.held_out]
         self.divergence = self._divergence()
 
-    def run(self, learning_rate: float, steps: int, progress: bool) -> bool:
-        """Polish from the start; whether that brought the held out images nearer."""
+    def run(self, learning_rate: float, steps: int, progress: bool) -> float:
+        """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
         optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
-        views = _draw(self.fitted, self.own.size, self.seed)
+        views = _draw(self.own.total, self.own.size, self.seed)
         for step in tqdm(range(steps), desc="Polish", unit="step", disable=not progress, leave=False):
             if step == steps // 2 and not self._divergence() <= 2 * self.divergence:
-                return False
+                self._go_to(0.0, self.start)
+                return 0.0
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * warmup_cosine(step, int(WARMUP * steps), steps)
             optimizer.zero_grad(set_to_none=False)
             self._add_gradients(next(views))
             optimizer.step()
-        return self._divergence() < self.divergence
+        end = [parameter.detach().clone() for parameter in self.parameters]
+        divergences = {0.0: self.divergence}
+        for share in LINE:
+            self._go_to(share, end)
+            divergences[share] = self._divergence()
+        best = min(divergences, key=divergences.__getitem__)
+        self._go_to(best, end)
+        return best
 
-    def go_back(self) -> None:
-        """The weights that it began with."""
+    def _go_to(self, share: float, end: list[Tensor]) -> None:
+        """That share of the way from the start to the end."""
         with torch.no_grad():
-            for parameter, start in zip(self.parameters, self.start):
-                parameter.copy_(start)
+            for parameter, start, last in zip(self.parameters, self.start, end):
+                parameter.copy_(start if share == 0 else torch.lerp(start, last, share))
 
     def _add_gradients(self, views: Views) -> None:
         if len(images := self.own.render(views)):
@@ -150,18 +160,13 @@ class _Own:
 
     def __init__(self, calibration: Calibration) -> None:
         self.images = torch.cat(calibration.images)
-        self.size = tuple(self.images.shape[-2:])
+        self.size, self.total = tuple(self.images.shape[-2:]), calibration.total
         numbers = torch.cat(calibration.indices).cpu()
         self.place = torch.full((calibration.total,), -1)
         self.place[numbers] = torch.arange(len(numbers))
         sizes = torch.tensor([len(batch) for batch in calibration.indices])
         self.batch_size = sizes.repeat_interleave(sizes)
         self.batch_start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-
-    def plain(self, numbers: Tensor) -> Tensor:
-        """Those of the images with these numbers that are this process's, as they are."""
-        place = self.place[numbers]
-        return self.images[place[place >= 0]]
 
     def render(self, views: Views) -> Tensor:
         """Those views that are of this process's images, [n, C, H, W].
@@ -193,19 +198,15 @@ def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
     return images.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def _batch_size(numbers: Tensor, size: tuple[int, int]) -> int:
-    return min(len(numbers), MOST_IMAGES, max(1, MOST_PIXELS // (size[0] * size[1])))
-
-
-def _draw(chosen: Tensor, size: tuple[int, int], seed: int) -> Iterator[Views]:
-    """Views without end of the images with these numbers, of each once before any comes again; the same on every process."""
+def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
+    """Views without end of so many images, of each once before any comes again; the same on every process."""
     generator = torch.Generator().manual_seed(seed)
-    count = _batch_size(chosen, size)
+    count = min(total, MOST_IMAGES, max(1, MOST_PIXELS // (size[0] * size[1])))
     most = torch.tensor(size) // SHIFT
     left = torch.empty(0, dtype=torch.long)
     while True:
         if len(left) < count:
-            left = chosen[torch.randperm(len(chosen), generator=generator)]
+            left = torch.randperm(total, generator=generator)
         numbers, left = left[:count], left[count:]
         mirrored, down, right, partner, mix, contrast, brightness = torch.rand(7, count, generator=generator)
         yield Views(

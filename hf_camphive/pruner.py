@@ -75,7 +75,7 @@ class CampHiVePruner(PruningSteps):
             self._evaluate("dense", self.net, loader, split)
             self._keep(work, loaders, command)
         memory = IterationMemory(work, self.accelerator.is_main_process) if work else None
-        to_polish = bool(self.config.polish_steps) and self.config.cuts_channels and "polished" not in self.stages
+        to_polish = bool(self.config.label_free_steps) and "polished" not in self.stages
         if len(self.plans) < self.config.cycles or to_polish:
             with self._timed("read calibration images"):
                 calibration = self._collected(loaders.calibration)

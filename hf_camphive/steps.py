@@ -39,6 +39,7 @@ from .tracing import Trace, trace_network
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
+HELD_OUT = 8  # one calibration image in so many judges the polishing
 _IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -135,7 +136,7 @@ class PruningSteps:
             raise ConfigError(
                 f"merge rule {plan.merge!r} looks at images; pass the calibration loader to apply as well"
             )
-        calibration = None if calibration is None else self._collected(calibration)
+        calibration = None if calibration is None else self._fitted(self._collected(calibration))
         trace = self._trace()
         if plan.groups != trace.groups:
             raise PlanError(
@@ -169,21 +170,37 @@ class PruningSteps:
         return self.net
 
     def polish(self, calibration: Batches | Calibration) -> nn.Module:
-        """Bring the logits of `net` nearer to the dense network's by `config.polish_steps` label-free steps, in place."""
-        calibration = self._collected(calibration)
+        """Bring the logits of `net` nearer to the dense network's by label-free steps, in place.
+
+        The images that judge are those that `apply` held out of the merge.
+        """
+        fitted, held_out = self._collected(calibration).split(HELD_OUT)
+        steps = self.config.label_free_steps
         with self._timed("polish"):
-            batch = {"pixel_values": calibration.images[0], "labels": calibration.labels[0]}
-            polish(
+            batch = {"pixel_values": fitted.images[0], "labels": fitted.labels[0]}
+            share = polish(
                 self.net,
                 self.dense,
-                calibration,
-                self.config.polish_steps,
+                fitted,
+                held_out,
+                steps,
                 seed=self.config.seed,
                 precision=polish_precision(self.net, batch, self.config, self.accelerator),
                 reduce=self._reduce,
                 progress=self._progress,
             )
+        judges = f"{held_out.total} calibration images held out of the merge"
+        self.notes.append(
+            f"Polished: {steps} gradient steps towards the base's logits, without labels; {share:.0%} of the way was taken, "
+            f"as {judges} say."
+            if share
+            else f"Not polished: no step towards the base's logits helped, as {judges} say."
+        )
         return self.net
+
+    def _fitted(self, calibration: Calibration) -> Calibration:
+        """What a merge may fit: all but the images that judge the polishing, where there is one."""
+        return calibration.split(HELD_OUT)[0] if self.config.label_free_steps else calibration
 
     @property
     def _progress(self) -> bool:

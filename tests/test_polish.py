@@ -6,19 +6,28 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from toys import ToyResNet, images, randomise
 
 from hf_camphive.calibration import Calibration
-from hf_camphive.polish import _moved, polish
+from hf_camphive.polish import LINE, TEMPERATURE, _moved, polish
 
 BATCH = 6
 
 
-def calibration(count: int = 24, process: int = 0, processes: int = 1) -> Calibration:
+def calibration(process: int = 0, processes: int = 1, x: torch.Tensor | None = None) -> Calibration:
     """Images in batches of six; batch i belongs to process i mod P."""
-    parts = [values.split(BATCH)[process::processes] for values in (images(count), torch.full((count,), -1))]
-    return Calibration(*parts, torch.arange(count).split(BATCH)[process::processes], count)
+    x = images(54)[:24] if x is None else x
+    parts = [
+        values.split(BATCH)[process::processes] for values in (x, torch.full((len(x),), -1), torch.arange(len(x)))
+    ]
+    return Calibration(*parts, len(x))
+
+
+def held_out(process: int = 0, processes: int = 1) -> Calibration:
+    """Other images."""
+    return calibration(process, processes, images(54)[24:])
 
 
 def dense_and_damaged() -> tuple[nn.Module, nn.Module]:
@@ -38,7 +47,7 @@ def distance(net: nn.Module, dense: nn.Module) -> float:
 @pytest.fixture(scope="module")
 def polished() -> nn.Module:
     dense, net = dense_and_damaged()
-    polish(net, dense, calibration(), 60)
+    polish(net, dense, calibration(), held_out(), 60)
     return net
 
 
@@ -58,7 +67,7 @@ def test_the_state_of_both_networks_is_given_back():
     dense, net = dense_and_damaged()
     net.stem.requires_grad_(False)
     net.train().block1.eval()
-    polish(net, dense.train(), calibration(), 1)
+    polish(net, dense.train(), calibration(), held_out(), 1)
     assert net.training and not net.block1.training and dense.training
     assert not net.stem.weight.requires_grad and net.head.weight.requires_grad
     assert all(p.requires_grad and p.grad is None for p in dense.parameters())
@@ -67,7 +76,7 @@ def test_the_state_of_both_networks_is_given_back():
 def test_a_network_that_is_the_dense_one_stays_as_it_is():
     dense = randomise(ToyResNet())
     net = copy.deepcopy(dense)
-    polish(net, dense, calibration(), 3)
+    polish(net, dense, calibration(), held_out(), 3)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), dense.parameters()))
 
 
@@ -75,14 +84,14 @@ def test_the_seed_decides():
     dense, first = dense_and_damaged()
     second, other = copy.deepcopy(first), copy.deepcopy(first)
     for net, seed in ((first, 1), (second, 1), (other, 2)):
-        polish(net, dense, calibration(), 30, seed=seed)
+        polish(net, dense, calibration(), held_out(), 30, seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert not torch.equal(first.stem.weight, other.stem.weight)
 
 
 def test_no_steps_change_nothing():
     dense, net = dense_and_damaged()
-    polish(net, dense, calibration(), 0)
+    polish(net, dense, calibration(), held_out(), 0)
     assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
 
 
@@ -91,7 +100,7 @@ def test_processes_end_with_the_weights_of_one():
     processes, steps = 3, 24
     dense, alone = dense_and_damaged()
     before = copy.deepcopy(alone)
-    polish(alone, dense, calibration(), steps)
+    polish(alone, dense, calibration(), held_out(), steps)
     assert not torch.equal(alone.stem.weight, before.stem.weight)
     together = [copy.deepcopy(dense_and_damaged()[1]) for _ in range(processes)]
     messages, barrier = [torch.empty(0)] * processes, Barrier(processes, timeout=60)
@@ -105,7 +114,7 @@ def test_processes_end_with_the_weights_of_one():
             return total
 
         own = calibration(process=process, processes=processes)
-        polish(together[process], copy.deepcopy(dense), own, steps, reduce=reduce)
+        polish(together[process], copy.deepcopy(dense), own, held_out(process, processes), steps, reduce=reduce)
 
     threads = [Thread(target=work, args=(process,)) for process in range(processes)]
     for thread in threads:
@@ -132,16 +141,73 @@ def test_views_are_shifted_and_mirrored_images():
 def test_labels_are_not_read():
     dense, first = dense_and_damaged()
     second, some = copy.deepcopy(first), calibration()
-    polish(first, dense, some, 20)
-    polish(second, dense, replace(some, labels=()), 20)
+    polish(first, dense, some, held_out(), 20)
+    polish(second, dense, replace(some, labels=()), replace(held_out(), labels=()), 20)
     assert torch.equal(first.stem.weight, second.stem.weight)
 
 
+def divergence(net: nn.Module, dense: nn.Module, some: Calibration) -> float:
+    with torch.no_grad():
+        found, given = ((f(torch.cat(some.images)) / TEMPERATURE).log_softmax(1) for f in (net, dense))
+    return float(F.kl_div(found, given, reduction="sum", log_target=True))
+
+
 def test_where_steps_do_harm_the_weights_come_back():
-    """A network that is all but the dense one already: a step of the full learning rate only makes it worse."""
+    """A network that is all but the dense one already: any step of these learning rates only makes it worse."""
     dense = randomise(ToyResNet())
     net = copy.deepcopy(dense)
     net.head.weight.data *= 1 + 1e-6
-    before = distance(net, dense)
-    polish(net, dense, calibration(), 20)
-    assert distance(net, dense) <= 1.5 * before
+    before = copy.deepcopy(net)
+    assert polish(net, dense, calibration(), held_out(), 20) == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.5,), (0.25,)])
+def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
+    dense, start = dense_and_damaged()
+    ends = {}
+    for share in (1.0, *shares):
+        monkeypatch.setattr("hf_camphive.polish.LINE", (share,))
+        ends[share] = copy.deepcopy(start)
+        assert polish(ends[share], dense, calibration(), held_out(), 30) == share
+    (share,) = shares
+    for a, b, c in zip(start.parameters(), ends[share].parameters(), ends[1.0].parameters()):
+        torch.testing.assert_close(b, torch.lerp(a, c, share), rtol=0, atol=0)
+
+
+def test_the_share_is_that_with_the_least_divergence_of_the_images_held_out(monkeypatch):
+    dense, start = dense_and_damaged()
+    found = {}
+    for share in LINE:
+        net = copy.deepcopy(start)
+        monkeypatch.setattr("hf_camphive.polish.LINE", (share,))
+        polish(net, dense, calibration(), held_out(), 30)
+        found[share] = divergence(net, dense, held_out())
+    monkeypatch.setattr("hf_camphive.polish.LINE", LINE)
+    net = copy.deepcopy(start)
+    best = polish(net, dense, calibration(), held_out(), 30)
+    assert found[best] == min(found.values()) == pytest.approx(divergence(net, dense, held_out()), rel=1e-9)
+    assert found[best] < divergence(start, dense, held_out())
+
+
+def test_without_images_to_judge_by_nothing_changes():
+    dense, net = dense_and_damaged()
+    nothing = Calibration((), (), (), 0)
+    assert polish(net, dense, calibration(), nothing, 20) == 0
+    assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
+
+
+def test_a_calibration_is_split_the_same_way_on_all_processes():
+    whole = Calibration(
+        (images(7), images(4)), (torch.arange(7), torch.arange(7, 11)), (torch.arange(7), torch.arange(7, 11)), 11
+    )
+    fitted, left_out = whole.split(4)
+    assert torch.cat(fitted.labels).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10] and fitted.total == 9
+    assert torch.cat(left_out.labels).tolist() == [3, 7] and left_out.total == 2
+    assert torch.cat(fitted.indices).tolist() == list(range(9)) and torch.cat(left_out.indices).tolist() == [0, 1]
+    assert torch.equal(torch.cat(left_out.images), torch.cat(whole.images)[[3, 7]])
+    second = Calibration(whole.images[1:], whole.labels[1:], whole.indices[1:], 11)
+    own, judged = second.split(4)
+    assert torch.cat(own.indices).tolist() == [6, 7, 8] and torch.cat(judged.indices).tolist() == [1]
+    assert (own.total, judged.total) == (9, 2)
+    assert Calibration((), (), (), 11).split(4)[0] == Calibration((), (), (), 9)

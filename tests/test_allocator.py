@@ -1,0 +1,35 @@
+"""Memory that is freed stays with the process where that was asked for."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from hf_camphive import allocator
+
+FAULTS = """
+import resource, torch
+from hf_camphive.allocator import keep_freed_memory
+{before}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_a_block_that_was_used_before_costs_no_page_faults():
+    def faults(before: str) -> int:
+        found = subprocess.run([sys.executable, "-c", FAULTS.format(before=before)], capture_output=True, check=True)
+        return int(found.stdout)
+
+    assert faults("assert keep_freed_memory()") < 0.1 * faults("")
+
+
+def test_elsewhere_it_says_so(monkeypatch):
+    monkeypatch.setattr(allocator.sys, "platform", "darwin")
+    assert not allocator.keep_freed_memory()
