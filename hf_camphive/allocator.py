@@ -19,4 +19,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = {M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: KEPT, M_TOP_PAD: STEP}
-    return all([bool(mallopt(key, value)) for key, value in settings.items()])
+    return all(mallopt(key, value) == 1 for key, value in settings.items())

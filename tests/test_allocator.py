@@ -27,7 +27,7 @@ def test_a_block_that_was_used_before_costs_no_page_faults():
         found = subprocess.run([sys.executable, "-c", FAULTS.format(before=before)], capture_output=True, check=True)
         return int(found.stdout)
 
-    assert faults("assert keep_freed_memory()") < 0.1 * faults("")
+    assert faults("assert keep_freed_memory()") < 10 < faults("")  # huge pages: 32
 
 
 def test_elsewhere_it_says_so(monkeypatch):
