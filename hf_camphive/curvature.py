@@ -28,10 +28,9 @@ Matrix = Literal["hessian", "gauss-newton"]
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
 Point = tuple[Tensor, ...]  # where the loss is differentiated: all gates, or some weights
 Logits = Callable[[Point, Tensor], Tensor]
-GATE_PARTS, WEIGHT_PARTS = (
-    2,
-    4,
-)  # of a batch: a product holds up to three, or up to five times what a training step does
+# Parts of a batch, so that a product holds no more than twice what a training step on the whole batch does.
+GATE_PARTS = {"hessian": 2, "gauss-newton": 1}
+WEIGHT_PARTS = {"hessian": 3, "gauss-newton": 2}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def gate_curvature(
         run = gated_run(trace, state, gates, images)
         return (_gate_hessian if matrix == "hessian" else _gate_gauss_newton)(run, labels, block)
 
-    return Curvature(gates.size, multiply, batches, **_counted(batches, {"parts": GATE_PARTS, **options}))
+    return Curvature(gates.size, multiply, batches, **_counted(batches, {"parts": GATE_PARTS[matrix], **options}))
 
 
 def _gate_hessian(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
@@ -145,7 +144,9 @@ def weight_curvature(
             logger.info("differentiating twice in reverse, since forward over reverse failed: %s", error)
         return torch.stack([space.join(v) for v in products], dim=1)
 
-    return Curvature(space.size, multiply, batches, **_counted(batches, {"parts": WEIGHT_PARTS, **options})), space
+    return Curvature(
+        space.size, multiply, batches, **_counted(batches, {"parts": WEIGHT_PARTS[matrix], **options})
+    ), space
 
 
 def network_curvature(

@@ -98,6 +98,7 @@ class GatedRun:
         """J u [N, K] for u [S] or [N, S]: one pass forward, of derivatives only."""
         padded = torch.cat([u, torch.zeros_like(u[..., :1])], dim=-1)
         tangents: dict[fx.Node, Tensor] = {}
+        last_reader = {source: node for node in self._graph.operations for source in node.all_input_nodes}
         for node in self._graph.operations:
             moving = {source: tangents[source] for source in node.all_input_nodes if source in tangents}
             if (index := _gate_index(self._graph, self._gates, node)) is not None:
@@ -108,6 +109,9 @@ class GatedRun:
                 tangents[node] = self._maps[node].linear(moving[node.args[0]])
             elif moving:
                 tangents[node] = self._tangent_of(node, moving)
+            for source in moving:
+                if last_reader[source] is node:
+                    tangents.pop(source, None)
         return tangents[self._graph.logits]
 
     def _tangent_of(self, node: fx.Node, moving: Mapping[fx.Node, Tensor]) -> Tensor:
