@@ -95,6 +95,7 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
 
 def _functional(program: torch.export.ExportedProgram) -> Graph:
     signature, graph = program.graph_signature, program.graph
+    _inline_regions(program.graph_module)
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     for node in graph.nodes:
@@ -116,6 +117,26 @@ def _functional(program: torch.export.ExportedProgram) -> Graph:
         image=next(node for node in placeholders if node.name not in names and node.name not in constants),
         logits=output.args[0][0],
     )
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put what runs within `no_grad` or with autocast switched off, which export keeps as a graph of its own, in its place."""
+    for node in list(module.graph.nodes):
+        region = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"), None)
+        inner = region and getattr(module, region.target)
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        _inline_regions(inner)
+        given = node.args[node.args.index(region) + 1 :]
+        placeholders = inner.graph.find_nodes(op="placeholder")
+        with module.graph.inserting_before(node):
+            outputs = module.graph.graph_copy(inner.graph, dict(zip(placeholders, given)))
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not region.users:
+            module.graph.erase_node(region)
 
 
 def _is_index(tensor: Tensor | None) -> bool:

@@ -5,11 +5,13 @@ as remote code. Nothing here looks at values, only at shapes, because transforme
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
+from timm.layers import SpaceToDepth
 from timm.models import is_model, load_pretrained, register_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -458,8 +460,10 @@ def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
 
 
 def _input_channels(net: nn.Module) -> int:
+    """Channels of an image: what the first convolution reads, less what a space-to-depth stem makes of each."""
+    folded = math.prod(module.bs**2 for module in net.modules() if isinstance(module, SpaceToDepth))
     for name in _names(net.pretrained_cfg.get("first_conv")):
-        return net.get_submodule(name).in_channels
+        return net.get_submodule(name).in_channels // folded
     return net.pretrained_cfg.get("input_size", (3,))[0]
 
 

@@ -6,12 +6,14 @@ import json
 import pytest
 import timm
 import torch
+from timm.layers import SpaceToDepth
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_camphive.modeling_camphive import (
     CampHiVeForImageClassification,
     Shortcut,
+    _input_channels,
     resize,
     shortcuts_of,
     widths_of,
@@ -395,3 +397,11 @@ def test_features_only_says_what_to_do_instead():
 def test_intermediate_features_are_those_of_the_pruned_network(pruned):
     features = pruned.forward_intermediates(image(pruned), intermediates_only=True)
     assert [f.shape[1] for f in features] == [info["num_chs"] for info in pruned.feature_info]
+
+
+def test_images_have_the_channels_that_a_space_to_depth_stem_folds():
+    net = nn.Sequential(SpaceToDepth(), nn.Conv2d(48, 4, 3))
+    net.pretrained_cfg = {"first_conv": "1", "input_size": (3, 64, 64)}
+    assert _input_channels(net) == 3
+    net[0] = nn.Identity()
+    assert _input_channels(net) == 48

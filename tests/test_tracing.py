@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from toys import Block, Chain, Toy, ToyResNet, randomise
+from toys import Block, Chain, Toy, ToyResNet, images, randomise
 
 from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.errors import ModelError
+from hf_camphive.graph import named_tensors
 from hf_camphive.surgery import check_groups
 from hf_camphive.tracing import trace_network
 
@@ -374,3 +375,27 @@ def test_a_cut_that_the_networks_own_code_does_not_go_along_with_is_frozen():
     assert not any(g.frozen for g in trace.groups if g.name == "stem")
     frozen = {g.name: g.frozen for g in check_groups(net, trace, torch.Generator().manual_seed(0)).groups}
     assert "does not run" in frozen["stem"]
+
+
+def test_regions_under_a_context_of_their_own_are_followed():
+    """Autocast switched off and `no_grad` within a network: export keeps a graph of its own for each."""
+
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y, z = net.a(x).relu(), net.b(x)
+            with torch.no_grad():
+                y = y * 2
+        return net.head(torch.cat([y, z], dim=1))
+
+    net = Toy(forward, a=conv(3, 4), b=conv(3, 2), head=conv(6, 2))
+    assert drawn(net) == drawn(
+        Toy(
+            lambda net, x: net.head(torch.cat([net.a(x).relu() * 2, net.b(x)], dim=1)),
+            a=conv(3, 4),
+            b=conv(3, 2),
+            head=conv(6, 2),
+        )
+    )
+    x = images(2)
+    graph = trace_network(net.double(), (3, 8, 8)).graph
+    torch.testing.assert_close(graph.run(named_tensors(net), x)[0], net(x), rtol=1e-12, atol=0)
