@@ -9,7 +9,7 @@ one backward pass or a few, after which products cost nothing.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Matrix = Literal["hessian", "gauss-newton"]
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
 Point = tuple[Tensor, ...]  # where the loss is differentiated: all gates, or some weights
+BatchProduct = Callable[[Tensor], Tensor]  # V [n, k] -> A V [n, k], summed over a batch
 Logits = Callable[[Point, Tensor], Tensor]
 # Parts of a batch, so that a product holds no more than twice what a training step on the whole batch does.
 GATE_PARTS = {"hessian": 2, "gauss-newton": 1}
@@ -37,28 +38,39 @@ WEIGHT_PARTS = {"hessian": 3, "gauss-newton": 2}
 class Curvature:
     """A V [n, k] (or A v [n]) for the mean curvature A over `total` images, of which this process holds `batches`.
 
-    `multiply(images, labels, V)` is the sum over a batch. `reduce` sums a tensor over processes, once a product; all of
-    them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way; each
-    batch is multiplied in so many `parts`, which bounds memory: a product holds several times what a gradient does.
+    `at(images, labels)` is the product V -> A V summed over a batch. `reduce` sums a tensor over processes, once a product;
+    all of them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way;
+    each batch is multiplied in so many `parts`, which bounds memory: a product holds several times what a gradient does.
+    With `held` what products have in common (in gate space a pass forward and, for H, one back) is kept from one to the
+    next: half the time of an iteration, for the memory of all images at once.
     """
 
     size: int
-    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
+    at: Callable[[Tensor, Tensor], BatchProduct]
     batches: Sequence[Batch]
     total: int
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     progress: bool = False
     parts: int = 1
+    held: bool = False
+    _kept: dict[tuple[int, int], BatchProduct] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         block = vectors[:, None] if vectors.dim() == 1 else vectors
         total = torch.zeros(block.shape, dtype=torch.float64)
-        for images, labels in tqdm(self.batches, "Product", unit="batch", disable=not self.progress, leave=False):
+        batches = tqdm(self.batches, "Product", unit="batch", disable=not self.progress, leave=False)
+        for number, (images, labels) in enumerate(batches):
             right = block.to(images.device, images.dtype)
-            for part in zip(images.chunk(self.parts), labels.chunk(self.parts)):
+            for part in enumerate(zip(images.chunk(self.parts), labels.chunk(self.parts))):
                 with torch.autocast(images.device.type, enabled=False):
-                    total += self.multiply(*part, right).detach().cpu().double()
+                    total += self._product(number, *part)(right).detach().cpu().double()
         return (self.reduce(total) / self.total).to(vectors).view_as(vectors)
+
+    def _product(self, batch: int, part: int, images_and_labels: Batch) -> BatchProduct:
+        product = self._kept.get((batch, part)) or self.at(*images_and_labels)
+        if self.held:
+            self._kept[batch, part] = product
+        return product
 
 
 def gate_curvature(
@@ -71,22 +83,26 @@ def gate_curvature(
 ) -> Curvature:
     """lift^T H lift, or lift^T J^T R J lift, [S, S]; `options` are those of `Curvature`."""
 
-    def multiply(images: Tensor, labels: Tensor, block: Tensor) -> Tensor:
+    def at(images: Tensor, labels: Tensor) -> BatchProduct:
         run = gated_run(trace, state, gates, images)
-        return (_gate_hessian if matrix == "hessian" else _gate_gauss_newton)(run, labels, block)
+        return _gate_hessian(run, labels) if matrix == "hessian" else partial(_gate_gauss_newton, run)
 
-    return Curvature(gates.size, multiply, batches, **_counted(batches, {"parts": GATE_PARTS[matrix], **options}))
+    return Curvature(gates.size, at, batches, **_counted(batches, {"parts": GATE_PARTS[matrix], **options}))
 
 
-def _gate_hessian(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
-    """A V [S, k], summed over a batch: the gradient of <dL/dm, v> for each column v, the first derivative shared."""
+def _gate_hessian(run: GatedRun, labels: Tensor) -> BatchProduct:
+    """V -> A V [S, k], summed over a batch: the gradient of <dL/dm, v> for each column v, the first derivative shared."""
     with torch.enable_grad():
         loss = F.cross_entropy(run.logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, run.m, create_graph=True)
-    return torch.stack([torch.autograd.grad(gradient, run.m, v, retain_graph=True)[0] for v in block.T], dim=1)
+
+    def product(block: Tensor) -> Tensor:
+        return torch.stack([torch.autograd.grad(gradient, run.m, v, retain_graph=True)[0] for v in block.T], dim=1)
+
+    return product
 
 
-def _gate_gauss_newton(run: GatedRun, labels: Tensor, block: Tensor) -> Tensor:
+def _gate_gauss_newton(run: GatedRun, block: Tensor) -> Tensor:
     """J^T R J V [S, k], summed over a batch; labels play no part."""
     outputs = run.logits.detach()
     return torch.stack([run.transposed(_softmax_curvature(outputs, run.tangent(v))) for v in block.T], dim=1)
@@ -145,7 +161,10 @@ def weight_curvature(
         return torch.stack([space.join(v) for v in products], dim=1)
 
     return Curvature(
-        space.size, multiply, batches, **_counted(batches, {"parts": WEIGHT_PARTS[matrix], **options})
+        space.size,
+        partial(partial, multiply),
+        batches,
+        **_counted(batches, {"parts": WEIGHT_PARTS[matrix], **options}),
     ), space
 
 
@@ -218,10 +237,12 @@ def softmax_factors(logits: Tensor, signs: Tensor, count: int) -> Tensor:
 def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options) -> Curvature:
     """Z^T Z / total [S, S] from the rows that `gauss_newton_factor` gave for each batch."""
 
-    def multiply(rows: Tensor, _: Tensor, block: Tensor) -> Tensor:
+    def multiply(rows: Tensor, block: Tensor) -> Tensor:
         return rows.T @ (rows @ block)
 
-    return Curvature(size, multiply, [(rows, rows) for rows in factors], total, **options)
+    return Curvature(
+        size, lambda rows, _: partial(multiply, rows), [(rows, rows) for rows in factors], total, **options
+    )
 
 
 def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:

@@ -143,6 +143,20 @@ def test_products_are_symmetric_linear_and_the_same_for_any_batches(matrix):
     torch.testing.assert_close(gate_curvature(trace, state, gates, split, matrix)(v), product, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_held_products_are_the_same_and_run_the_network_once(matrix, monkeypatch):
+    trace, state, gates, x, labels = case(ToyResNet(nn.Tanh), 7)
+    batches = list(zip(x.split(4), labels.split(4)))
+    v = block(gates.size)
+    expected = gate_curvature(trace, state, gates, batches, matrix)(v)
+    runs = []
+    monkeypatch.setattr("hf_camphive.curvature.gated_run", lambda *a: runs.append(a) or gated_run(*a))
+    held = gate_curvature(trace, state, gates, batches, matrix, held=True, parts=2)
+    for _ in range(3):
+        torch.testing.assert_close(held(v), expected, rtol=1e-11, atol=1e-13)
+    assert len(runs) == 4
+
+
 def all_signs(classes: int) -> list[Tensor]:
     return [torch.tensor(signs) for signs in itertools.product((1, -1), repeat=classes)]
 
