@@ -45,6 +45,17 @@ def test_the_results_are_those_of_the_kept_benchmark():
     assert figures and not [figure for figure in figures if figure not in kept]
 
 
+def test_the_figures_of_the_zoo_are_those_of_the_kept_sweep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import zoo
+
+    rows = json.loads(zoo.RESULTS.read_text(encoding="utf-8"))
+    passed = {tool: sum(zoo.passed(row[tool]) for row in rows.values()) for tool in zoo.TOOLS}
+    said = f"Of {len(rows)} networks, one small member of each family of timm, {passed['camphive']} lose at least half"
+    assert said in README and f"torch-pruning's cuts {passed['torch_pruning']} pass" in README.replace("\n", " ")
+    assert zoo.PAGE.read_text(encoding="utf-8") == zoo.page(rows)
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()
