@@ -492,7 +492,7 @@ def draw_costs(axes: Axes, seconds: dict[str, Seconds]) -> None:
     axes.set_yticks([row + height * (len(seconds) - 1) / 2 for row in range(len(names))], names)
     axes.invert_yaxis()
     axes.set_xlabel("cost of a product, in gradients")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.78))
 
 
 if __name__ == "__main__":
