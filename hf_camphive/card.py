@@ -3,7 +3,6 @@
 Says only what the report says; what the report does not know is left out or named as not measured.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -266,8 +265,7 @@ def _table_notes(report: PruneReport) -> str:
     for images, split in sorted({(accuracy.images, accuracy.split) for accuracy in accuracies}):
         notes.append(f"Accuracy: {images:,} images of split `{split}`.")
     if accuracies:
-        error = math.sqrt(accuracies[-1].top1 * (1 - accuracies[-1].top1) / accuracies[-1].images)
-        notes.append(f"Standard error of top-1: {100 * error:.2g} points.")
+        notes.append(f"Standard error of top-1: {100 * accuracies[-1].standard_error:.2g} points.")
     runs = [latency.runs for stage in report.stages for latency in stage.footprint.latency_ms.values()]
     if runs:
         notes.append(f"Latency: median of at least {min(runs)} runs{_place(report)}, the networks taking turns.")

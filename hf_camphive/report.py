@@ -33,6 +33,12 @@ class Accuracy:
     images: int
     split: str
 
+    @property
+    def standard_error(self) -> float:
+        """Of top1, sqrt(p (1 - p) / N); where no image, or every one, is right, that of half an image: none is certain."""
+        p = min(max(self.top1, 0.5 / self.images), 1 - 0.5 / self.images)
+        return math.sqrt(p * (1 - p) / self.images)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -275,8 +281,7 @@ def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> lis
     if measured:
         sets = {(stage.accuracy.images, stage.accuracy.split) for stage in measured}
         said = [f"{images:,} images of {split!r}" for images, split in sorted(sets)]
-        last = measured[-1].accuracy
-        error = 100 * math.sqrt(last.top1 * (1 - last.top1) / last.images)
+        error = 100 * measured[-1].accuracy.standard_error
         notes.append(f"Accuracy on {' and '.join(said)}; standard error of top-1: {error:.2g} points.")
     runs = [latency.runs for stage in stages for latency in stage.footprint.latency_ms.values()]
     if runs:

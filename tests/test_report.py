@@ -142,3 +142,9 @@ def test_bottlenecks_lost_less_than_half_the_share_of_all():
 
 def test_nothing_pruned_has_no_bottlenecks():
     assert not any(row.bottleneck for row in report().pruning_ratios())
+
+
+@pytest.mark.parametrize(("top1", "expected"), [(0.8, 0.04), (1.0, 4.975e-5**0.5), (0.0, 4.975e-5**0.5)])
+def test_the_standard_error_is_never_none(top1, expected):
+    """sqrt(0.8 * 0.2 / 100), and sqrt(0.005 * 0.995 / 100) for half an image of a hundred."""
+    assert Accuracy(top1, 1.0, 100, "test").standard_error == pytest.approx(expected, rel=1e-9)
