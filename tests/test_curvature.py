@@ -2,12 +2,14 @@
 
 import itertools
 import logging
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from scipy.sparse.linalg import LinearOperator, eigsh
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -349,16 +351,26 @@ def products_for_all_sizes(accelerator: Accelerator | None = None) -> list[Tenso
     return found
 
 
-def check_share_of_processes(expected: list[Tensor]) -> None:
+def check_share_of_processes(rank: int, processes: int, port: int) -> None:
     torch.set_num_threads(1)
-    for one, several in zip(expected, products_for_all_sizes(Accelerator(cpu=True)), strict=True):
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update(
+        {name: str(value) for name, value in world.items()}, MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == processes
+    for one, several in zip(products_for_all_sizes(), products_for_all_sizes(accelerator), strict=True):
         torch.testing.assert_close(several, one, rtol=1e-12, atol=1e-15)
+    accelerator.end_training()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_products_of_one_for_any_number_of_rows(processes):
-    debug_launcher(check_share_of_processes, (products_for_all_sizes(),), num_processes=processes)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(check_share_of_processes, (processes, port), nprocs=processes)
 
 
 def test_what_would_make_the_hessian_a_moving_target_is_refused():
