@@ -4,7 +4,6 @@ Draws from data alone, into files; touches no network and none of matplotlib's g
 Ito's, which people with any colour vision can tell apart; sizes are made for a README, some 800 pixels wide.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -151,7 +150,7 @@ def draw_summary(report: PruneReport) -> Figure:
 def _draw_accuracy(axes: Axes, stages: Sequence[Stage]) -> None:
     for row, stage in enumerate(stages):
         top1 = stage.accuracy.top1
-        error = math.sqrt(top1 * (1 - top1) / stage.accuracy.images)
+        error = stage.accuracy.standard_error
         axes.barh(row, 100 * top1, color=STAGE_COLOURS.get(stage.name, GREEN), height=0.72)
         axes.text(101.5, row, f"{100 * top1:.2f} % ± {100 * error:.2f}", va="center", fontsize=9.5, color=INK)
     axes.set_yticks(range(len(stages)), [stage.name for stage in stages])
