@@ -229,7 +229,7 @@ def scores(options: Options) -> dict:
         case: {
             "Torch-Pruning, image by image": torch_pruning(case, 1),
             "hive": partial(hive, case),
-            "hive, one pass": partial(hive, case, passes=1),
+            "hive, one pass": partial(hive, case, curvature_passes=1),
         },
         few: {
             "Torch-Pruning, image by image": torch_pruning(few, 1),
@@ -246,11 +246,11 @@ def scores(options: Options) -> dict:
         figures += [ratio(some.subject, times, peer, name, target=3.0) for peer in peers for name in ours]
     once_only = {
         "Torch-Pruning, image by image": [seconds_of(torch_pruning(few, 1), options.device)],
-        "hive of the Hessian": [seconds_of(partial(hive, few, "hessian"), options.device)],
+        "hive of the Hessian": [seconds_of(partial(hive, few, curvature="hessian"), options.device)],
     }
     seconds[f"{few.subject}, once"] = once_only
     figures.append(ratio(few.subject, once_only, "Torch-Pruning, image by image", "hive of the Hessian", target=3.0))
-    exact, once, twice = (torch.cat(list(hive(few, passes=passes).values())) for passes in (99, 1, 2))
+    exact, once, twice = (torch.cat(list(hive(few, curvature_passes=passes).values())) for passes in (99, 1, 2))
     for name, found in (("one pass", once), ("two passes", twice)):
         value = float(torch.corrcoef(torch.stack([_ranks(exact), _ranks(found)]))[0, 1])
         figures.append(Figure(few.subject, f"hive, {name}: rank correlation with 99 passes", *[value] * 3))
@@ -270,13 +270,11 @@ def _ranks(values: Tensor) -> Tensor:
     return values.argsort().argsort().double()
 
 
-def hive(case: Case, matrix: str = "gauss-newton", passes: int = 2) -> dict[str, Tensor]:
+def hive(case: Case, **options) -> dict[str, Tensor]:
     """Scores of all channels, from batches as the pruner makes them."""
     rows = [{"pixel_values": case.images, "labels": case.labels}]
     calibration = Calibration.collect(rows, case.images.device)
-    config = CampHiVeConfig(
-        criterion="hive", curvature=matrix, curvature_images=len(case.images), curvature_passes=passes
-    )
+    config = CampHiVeConfig(criterion="hive", curvature_images=len(case.images), **options)
     return CRITERIA["hive"](Evidence(case.trace, case.state, **vars(calibration), config=config))
 
 

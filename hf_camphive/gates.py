@@ -148,16 +148,15 @@ def gate_gradients(
     state: Mapping[str, Tensor],
     gates: GateSpace,
     images: Tensor,
-    *cotangents: Callable[[Tensor], Tensor],
+    cotangent: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """g_n = J_n^T z_n for each image and cotangent, [N, S] or [Z, N, S] of several, one backward pass each and no loop over images.
+    """g_n = J_n^T z_n for each image, [N, S], in one backward pass and no loop over images.
 
     J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
     `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
     """
     run = gated_run(trace, state, gates, images, each=True)
-    found = [run.transposed(cotangent(run.logits.detach())) for cotangent in cotangents]
-    return found[0] if len(found) == 1 else torch.stack(found)
+    return run.transposed(cotangent(run.logits.detach()))
 
 
 def _gate_index(graph: Graph, gates: GateSpace, node: fx.Node) -> Tensor | None:

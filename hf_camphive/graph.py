@@ -120,12 +120,21 @@ def _functional(program: torch.export.ExportedProgram) -> Graph:
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
-    """Put what runs within `no_grad` or with autocast switched off, which export keeps as a graph of its own, in its place."""
+    """Put what runs within `no_grad` or with autocast switched off, which export keeps as a graph of its own, in its place.
+
+    Raises `ModelError` for any other operation with graphs of its own, such as a branch on data: which of them runs, and
+    in what precision, would be a guess.
+    """
     for node in list(module.graph.nodes):
         region = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"), None)
         inner = region and getattr(module, region.target)
         if not isinstance(inner, fx.GraphModule):
             continue
+        if not (operation(node) == "wrap_with_set_grad_enabled" or _switches_autocast_off(node)):
+            raise ModelError(
+                f"{operation(node)} in {module_of(node) or 'the network itself'} has a graph of its own, which tracing does not "
+                "follow; see docs/limits.md for what it follows"
+            )
         _inline_regions(inner)
         given = node.args[node.args.index(region) + 1 :]
         placeholders = inner.graph.find_nodes(op="placeholder")
@@ -137,6 +146,10 @@ def _inline_regions(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
         if not region.users:
             module.graph.erase_node(region)
+
+
+def _switches_autocast_off(node: fx.Node) -> bool:
+    return operation(node) == "wrap_with_autocast" and node.args[2] is False  # device, type, enabled, ...
 
 
 def _is_index(tensor: Tensor | None) -> bool:

@@ -7,25 +7,24 @@ on the way, and keeps it for a run that has to be resumed.
 import copy
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
 from . import hub
 from .budgets import overall_budgets
-from .config import CampHiVeConfig
 from .data import Loaders
 from .errors import ConfigError
 from .evaluation import evaluate_accuracy
 from .folding import fold_batchnorm
 from .footprint import footprint, measure_latency
-from .models import BaseModel, replace_head
+from .models import replace_head
 from .plan import PrunePlan
 from .plots import draw_plots
 from .report import Accuracy, GroupRow, PruneReport, Stage, environment, published
@@ -43,17 +42,10 @@ class CampHiVePruner(PruningSteps):
     `apply` are its two halves, for a look at the plan in between. The given network is never changed: `net` is a copy.
     """
 
-    def __init__(
-        self,
-        model: BaseModel | nn.Module | str,
-        config: CampHiVeConfig | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        super().__init__(model, config, accelerator)
-        self.stages: dict[str, Accuracy] = {}
-        self.report: PruneReport | None = None
-        self._finetune: dict[str, Any] | None = None
-        self._head_replaced = False
+    stages: Mapping[str, Accuracy] = MappingProxyType({})
+    report: PruneReport | None = None
+    _finetune: dict[str, Any] | None = None
+    _head_replaced = False
 
     def run(
         self, loaders: Loaders, *, command: str = "", work_dir: Path | str | None = None, resume: bool = False
@@ -164,7 +156,8 @@ class CampHiVePruner(PruningSteps):
 
     def _evaluate(self, stage: str, net: nn.Module, loader: Batches, split: str) -> None:
         with self._timed("evaluate"):
-            self.stages[stage] = evaluate_accuracy(net, loader, self.accelerator, split, f"Evaluate {stage}")
+            accuracy = evaluate_accuracy(net, loader, self.accelerator, split, f"Evaluate {stage}")
+        self.stages = {**self.stages, stage: accuracy}
 
     def _keep(self, work: Path | None, loaders: Loaders, command: str) -> None:
         """Put the state of the run on disk, for `resume`."""

@@ -190,12 +190,16 @@ class PruningSteps:
                 progress=self._progress,
             )
         judges = f"{held_out.total} calibration images held out of the merge"
-        self.notes.append(
-            f"Polished: {steps} gradient steps towards the base's logits, without labels; {share:.0%} of the way was taken, "
-            f"as {judges} say."
-            if share
-            else f"Not polished: no step towards the base's logits helped, as {judges} say."
-        )
+        if share:
+            note = (
+                f"Polished: {steps} gradient steps towards the base's logits, without labels; {share:.0%} of the way was "
+                f"taken, as {judges} say."
+            )
+        elif held_out.total:
+            note = f"Not polished: no step towards the base's logits helped, as {judges} say."
+        else:
+            note = f"Not polished: fewer than {HELD_OUT} calibration images leave none to judge by."
+        self.notes.append(note)
         return self.net
 
     def _fitted(self, calibration: Calibration) -> Calibration:

@@ -194,7 +194,8 @@ def test_softmax_factors_have_the_curvature_of_the_softmax(p, count):
     assert found.shape == (16, min(count, 3), 4)
     mean = torch.einsum("szk,szl->kl", found, found) / len(found)
     torch.testing.assert_close(mean, torch.diag(p) - torch.outer(p, p), rtol=1e-12, atol=1e-15)
-    assert (count >= 3) == bool((found == found[:1]).all()) or p.max() == 1
+    if p.max() < 1:  # else there is nothing to tell apart
+        assert bool((found == found[:1]).all()) == (count >= 3)
 
 
 def test_per_image_gate_gradients_equal_a_loop_over_images():
@@ -206,9 +207,6 @@ def test_per_image_gate_gradients_equal_a_loop_over_images():
     ]
     found = gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels))
     torch.testing.assert_close(found, torch.stack(loop), rtol=1e-10, atol=1e-12)
-    twice = gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels), lambda z: z)
-    torch.testing.assert_close(twice[0], found, rtol=0, atol=0)
-    assert twice.shape == (2, *found.shape)
 
 
 def test_curvature_cotangents_have_the_covariance_of_the_softmax():

@@ -152,6 +152,13 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
     assert same_weights(resumed.net, whole.net) and resumed.stages == whole.stages
 
 
+def test_too_few_images_to_judge_by_leave_the_network_unpolished():
+    config = replace(CONFIG, criterion="magnitude", merge="none", polish_steps=20, calibration_size=7)
+    job = pruned(config)
+    assert "Not polished: fewer than 8 calibration images leave none to judge by." in job.notes
+    assert job.stages["polished"] == job.stages["pruned"]
+
+
 def test_cycles_meet_the_same_budget():
     job = pruned(replace(CONFIG, cycles=3))
     shares = [plan.macs_after / job.plans[0].macs_before for plan in job.plans]

@@ -399,3 +399,18 @@ def test_regions_under_a_context_of_their_own_are_followed():
     x = images(2)
     graph = trace_network(net.double(), (3, 8, 8)).graph
     torch.testing.assert_close(graph.run(named_tensors(net), x)[0], net(x), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("what", ["autocast", "cond"])
+def test_other_operations_with_graphs_of_their_own_are_refused(what):
+    """Neither the precision nor the branch that runs may be guessed."""
+
+    def autocast(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu"):
+            return net.a(x).relu().float()
+
+    def cond(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: net.a(x), lambda x: 2 * net.a(x), (x,))
+
+    with pytest.raises(ModelError, match=rf"{what}.* has a graph of its own"):
+        trace_network(Toy({"autocast": autocast, "cond": cond}[what], a=conv(3, 4)).eval(), (3, 8, 8))
