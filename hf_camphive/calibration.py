@@ -51,6 +51,11 @@ class Calibration:
         images = images.contiguous(memory_format=torch.channels_last)
         return cls(share(images), share(labels), share(torch.arange(len(images))), len(images))
 
+    @property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """This process's share as a loader's batches."""
+        return [{"pixel_values": x, "labels": y} for x, y in zip(self.images, self.labels)]
+
     def split(self, every: int) -> tuple["Calibration", "Calibration"]:
         """All but one image in `every`, and those that are left out, each numbered from 0 on; the same on all processes."""
         left_out = [indices % every == every - 1 for indices in self.indices]

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -165,7 +165,7 @@ class Comparison:
             if rule.recalibrate or pruner.finished:
                 recalibrated = copy.deepcopy(cut)
                 start = time.perf_counter()
-                recalibrate_batchnorm(recalibrated, images.batches, self.accelerator)
+                recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
                 seconds["recalibrate"] = seconds.get("recalibrate", 0.0) + time.perf_counter() - start
             pruner.net = recalibrated if rule.recalibrate else cut
         accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
@@ -326,11 +326,6 @@ class _Images:
         test = _in_memory(loader)
         dense = evaluate_accuracy(net, test, accelerator, split, "Evaluate dense")
         return cls(loaders, calibration, test, split, dense)
-
-    @property
-    def batches(self) -> list[dict[str, Tensor]]:
-        pairs = zip(self.calibration.images, self.calibration.labels)
-        return [{"pixel_values": images, "labels": labels} for images, labels in pairs]
 
     def accuracy(self, net: nn.Module, accelerator: Accelerator) -> Accuracy:
         return evaluate_accuracy(net, self.test, accelerator, self.split)

@@ -58,6 +58,15 @@ def evaluate_accuracy(
     return Accuracy(found["top1"], found["top5"], images, split)
 
 
+def batchnorms(net: nn.Module) -> dict[str, nn.Module]:
+    """Every BatchNorm that keeps running statistics, by name."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, BATCHNORMS) and module.running_mean is not None
+    }
+
+
 @torch.no_grad()
 def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], accelerator: Accelerator) -> None:
     """Replace the running statistics of every BatchNorm by those of the loader's images; nothing else changes.
@@ -67,11 +76,7 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
     (PreciseBN; "Rethinking Batch in BatchNorm", arXiv:2105.07576). On several processes a loader's batches are shared
     out; a sequence holds this process's share already.
     """
-    norms = {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, BATCHNORMS) and module.running_mean is not None
-    }
+    norms = batchnorms(net)
     if not norms:
         return
     net.to(accelerator.device)

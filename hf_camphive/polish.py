@@ -1,9 +1,10 @@
-"""Polish: label-free gradient steps that bring the cut network's logits back to the dense network's.
+"""Polish: label-free steps that bring the cut network's logits back to the dense network's.
 
-Reconstruction fits one layer at a time; what it leaves is an error that all layers share. A short descent on all weights
-at once, towards the dense network's own logits on varied calibration images, takes part of it away. No label is read and
-BatchNorm's statistics stay as they are. It is training in so far as it follows a gradient: reports state the accuracy
-before it and after it.
+Reconstruction fits one layer at a time; what it leaves is an error that all layers share. A least-squares fit also gives
+less variance than what it was fitted to, layer after layer, which BatchNorm can make good: its statistics may go part of
+the way to those of the calibration images. Then a short descent on all weights at once, towards the dense network's own
+logits on varied calibration images, takes part of the error away. No label is read. It is training in so far as it follows
+a gradient: reports state the accuracy before it and after it.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
-from .evaluation import keeping_modes
+from .evaluation import batchnorms, keeping_modes
 from .optimization import warmup_cosine
 from .precision import Precision, at_least_fp32, autocast, channels_last
 
@@ -25,12 +26,22 @@ BETAS = (0.9, 0.99)
 WARMUP = 0.1  # share of the steps
 MOST_IMAGES, MOST_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
 LINE = (1.0, 0.5, 0.25)  # shares of the way from start to end that are looked at
+STATISTICS_LINE = (1.0, 0.5)  # shares of the way to recalibrated statistics that are
 TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
 SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
 CONTRAST = 0.4  # contrast changes by up to this factor
 BRIGHTNESS = 0.4  # brightness by up to so many standard deviations
 Reduce = Callable[[Tensor], Tensor]
+Statistics = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Polished:
+    """How far a network went: to recalibrated statistics of BatchNorm, and to where the descent of its weights ended."""
+
+    statistics: float = 0.0
+    weights: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,33 +64,36 @@ def polish(
     held_out: Calibration,
     steps: int,
     *,
+    recalibrated: nn.Module | None = None,
     seed: int = 0,
     precision: Precision = "no",
     reduce: Reduce = lambda tensor: tensor,
     progress: bool = False,
-) -> float:
-    """Change the weights of `net` in place, by `steps` steps of Adam on the distance of its logits from those of `dense`.
+) -> Polished:
+    """Change `net` in place: BatchNorm's statistics, then all weights, by `steps` steps of Adam towards the logits of `dense`.
 
-    min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
+    Means and standard deviations go part of the way to those of `recalibrated`, the same network with others; where it
+    is None they stay. Then min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
     is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
     network there is the dense network's answer, whatever it is). Both networks are in eval mode.
 
     How far to go is judged by images that are held out, as they are: of the points `LINE` between start and end the one with
-    the least KL(dense || net) at temperature 4 is taken, and its share of the way is returned. Where that is the start, or
-    the divergence has doubled half-way, a lower learning rate is tried; after the lowest the weights stay as they were. They
+    the least KL(dense || net) at temperature 4 is taken, for the statistics as for the weights, and the shares of the ways
+    are returned. Where that is the start, or the divergence has doubled half-way, a lower learning rate is tried; after the lowest the weights stay as they were. They
     must have been held out of the reconstruction too: images that it fitted look nearer than they are, and stop too early.
 
     On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
     weights, which are those of one process up to rounding.
     """
     if not (steps and calibration.total and held_out.total):
-        return 0.0
+        return Polished()
     with _evaluating(dense, gradients=False), _evaluating(net, gradients=True):
         descent = _Descent(net, dense, calibration, held_out, seed, precision, reduce)
+        statistics = descent.restore(recalibrated) if recalibrated else 0.0
         for learning_rate in LEARNING_RATES:
             if share := descent.run(learning_rate, steps, progress):
-                return share
-    return 0.0
+                return Polished(statistics, share)
+    return Polished(statistics)
 
 
 class _Descent:
@@ -102,6 +116,18 @@ class _Descent:
         self.held_out = held_out.images
         self.targets = [self._target(images) for images in self.held_out]
         self.divergence = self._divergence()
+
+    def restore(self, recalibrated: nn.Module) -> float:
+        """Take BatchNorm's statistics to the best point of the line to those of `recalibrated`; the share of the way."""
+        start, end = _statistics(self.net), _statistics(recalibrated)
+        divergences = {0.0: self.divergence}
+        for share in STATISTICS_LINE if start else ():
+            _set_statistics(self.net, start, end, share)
+            divergences[share] = self._divergence()
+        best = min(divergences, key=divergences.__getitem__)
+        _set_statistics(self.net, start, end, best)
+        self.divergence = divergences[best]
+        return best
 
     def run(self, learning_rate: float, steps: int, progress: bool) -> float:
         """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
@@ -218,6 +244,18 @@ def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
             contrast=1 + CONTRAST * (2 * contrast - 1),
             brightness=BRIGHTNESS * (2 * brightness - 1),
         )
+
+
+def _statistics(net: nn.Module) -> Statistics:
+    """Running mean and variance [C] of every BatchNorm that keeps them, as they are now."""
+    return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in batchnorms(net).values()]
+
+
+def _set_statistics(net: nn.Module, start: Statistics, end: Statistics, share: float) -> None:
+    """Means and standard deviations at that share of the way."""
+    for norm, (mean, variance), (last_mean, last_variance) in zip(batchnorms(net).values(), start, end, strict=True):
+        norm.running_mean.copy_(mean.lerp(last_mean, share))
+        norm.running_var.copy_(variance if share == 0 else variance.sqrt().lerp(last_variance.sqrt(), share).square())
 
 
 def _sum_gradients(parameters: list[nn.Parameter], reduce: Reduce) -> None:

@@ -32,7 +32,7 @@ from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, as_base
 from .plan import PrunePlan
 from .planning import Budgeted, Part, make_plan
-from .polish import polish
+from .polish import Polished, polish
 from .precision import polish_precision
 from .surgery import apply_plan, check_groups
 from .tracing import Trace, trace_network
@@ -159,8 +159,7 @@ class PruningSteps:
                 self.net = apply_plan(self.net, plan, trace, state)
         if rule.recalibrate and recalibrate:
             with self._timed("recalibrate"):
-                batches = [{"pixel_values": x, "labels": y} for x, y in zip(calibration.images, calibration.labels)]
-                recalibrate_batchnorm(self.net, batches, self.accelerator)
+                recalibrate_batchnorm(self.net, calibration.batches, self.accelerator)
         self.plans.append(plan)
         if plan.implants:
             self.notes.append(
@@ -177,30 +176,28 @@ class PruningSteps:
         fitted, held_out = self._collected(calibration).split(HELD_OUT)
         steps = self.config.label_free_steps
         with self._timed("polish"):
-            batch = {"pixel_values": fitted.images[0], "labels": fitted.labels[0]}
-            share = polish(
+            polished = polish(
                 self.net,
                 self.dense,
                 fitted,
                 held_out,
                 steps,
+                recalibrated=self._recalibrated(fitted),
                 seed=self.config.seed,
-                precision=polish_precision(self.net, batch, self.config, self.accelerator),
+                precision=polish_precision(self.net, fitted.batches[0], self.config, self.accelerator),
                 reduce=self._reduce,
                 progress=self._progress,
             )
-        judges = f"{held_out.total} calibration images held out of the merge"
-        if share:
-            note = (
-                f"Polished: {steps} gradient steps towards the base's logits, without labels; {share:.0%} of the way was "
-                f"taken, as {judges} say."
-            )
-        elif held_out.total:
-            note = f"Not polished: no step towards the base's logits helped, as {judges} say."
-        else:
-            note = f"Not polished: fewer than {HELD_OUT} calibration images leave none to judge by."
-        self.notes.append(note)
+        self.notes.append(_polish_note(polished, steps, held_out.total))
         return self.net
+
+    def _recalibrated(self, calibration: Calibration) -> nn.Module | None:
+        """A copy with BatchNorm recalibrated, where the merge rule left its statistics as they were."""
+        if MERGE_RULES[self.config.merge].recalibrate:
+            return None
+        net = copy.deepcopy(self.net)
+        recalibrate_batchnorm(net, calibration.batches, self.accelerator)
+        return net
 
     def _fitted(self, calibration: Calibration) -> Calibration:
         """What a merge may fit: all but the images that judge the polishing, where there is one."""
@@ -314,3 +311,22 @@ class PruningSteps:
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def _polish_note(polished: Polished, steps: int, judges: int) -> str:
+    """What became of the polishing, in a sentence."""
+    if not judges:
+        return f"Not polished: fewer than {HELD_OUT} calibration images leave none to judge by."
+    done = []
+    if polished.statistics:
+        done.append(
+            f"BatchNorm's statistics went {polished.statistics:.0%} of the way to those of the calibration images"
+        )
+    if polished.weights:
+        done.append(
+            f"the weights {polished.weights:.0%} of the way of {steps} gradient steps towards the base's logits"
+        )
+    by = f"as {judges} calibration images held out of the merge say"
+    if not done:
+        return f"Not polished: no step towards the base's logits helped, {by}."
+    return f"Polished without labels, {by}: {' and '.join(done)}."

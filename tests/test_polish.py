@@ -11,7 +11,8 @@ from torch import nn
 from toys import ToyResNet, images, randomise
 
 from hf_camphive.calibration import Calibration
-from hf_camphive.polish import LINE, TEMPERATURE, _moved, polish
+from hf_camphive.evaluation import batchnorms
+from hf_camphive.polish import LINE, TEMPERATURE, Polished, _moved, polish
 
 BATCH = 6
 
@@ -158,7 +159,7 @@ def test_where_steps_do_harm_the_weights_come_back():
     net = copy.deepcopy(dense)
     net.head.weight.data *= 1 + 1e-6
     before = copy.deepcopy(net)
-    assert polish(net, dense, calibration(), held_out(), 20) == 0
+    assert polish(net, dense, calibration(), held_out(), 20) == Polished()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters()))
 
 
@@ -169,7 +170,7 @@ def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
     for share in (1.0, *shares):
         monkeypatch.setattr("hf_camphive.polish.LINE", (share,))
         ends[share] = copy.deepcopy(start)
-        assert polish(ends[share], dense, calibration(), held_out(), 30) == share
+        assert polish(ends[share], dense, calibration(), held_out(), 30) == Polished(weights=share)
     (share,) = shares
     for a, b, c in zip(start.parameters(), ends[share].parameters(), ends[1.0].parameters()):
         torch.testing.assert_close(b, torch.lerp(a, c, share), rtol=0, atol=0)
@@ -185,15 +186,46 @@ def test_the_share_is_that_with_the_least_divergence_of_the_images_held_out(monk
         found[share] = divergence(net, dense, held_out())
     monkeypatch.setattr("hf_camphive.polish.LINE", LINE)
     net = copy.deepcopy(start)
-    best = polish(net, dense, calibration(), held_out(), 30)
+    best = polish(net, dense, calibration(), held_out(), 30).weights
     assert found[best] == min(found.values()) == pytest.approx(divergence(net, dense, held_out()), rel=1e-9)
     assert found[best] < divergence(start, dense, held_out())
+
+
+def with_statistics(net: nn.Module, off: float) -> nn.Module:
+    """A copy in which every BatchNorm expects means and standard deviations that are off by a share of the latter."""
+    net = copy.deepcopy(net)
+    for norm in batchnorms(net).values():
+        norm.running_mean += off * norm.running_var.sqrt()
+        norm.running_var *= (1 + off) ** 2
+    return net
+
+
+@pytest.mark.parametrize(("off", "recalibrated", "share"), [(1.0, 0.0, 1.0), (1.0, -1.0, 0.5), (0.0, 1.0, 0.0)])
+def test_statistics_go_as_far_as_helps(off, recalibrated, share, monkeypatch):
+    """The right ones lie at the end of the line, half-way, or at its start."""
+    monkeypatch.setattr("hf_camphive.polish.LEARNING_RATES", ())
+    dense = randomise(ToyResNet())
+    net = with_statistics(dense, 0.5 * off)
+    found = polish(net, dense, calibration(), held_out(), 1, recalibrated=with_statistics(dense, 0.5 * recalibrated))
+    assert found == Polished(statistics=share)
+    for norm, right in zip(batchnorms(net).values(), batchnorms(dense).values()):
+        torch.testing.assert_close(norm.running_mean, right.running_mean)
+        torch.testing.assert_close(norm.running_var, right.running_var)
+
+
+def test_the_descent_starts_from_the_restored_statistics():
+    dense = randomise(ToyResNet())
+    net = with_statistics(dense, 1.0)
+    found = polish(net, dense, calibration(), held_out(), 20, recalibrated=with_statistics(dense, 0.2))
+    restored = with_statistics(dense, 0.2)
+    assert found.statistics == 1 and found.weights > 0
+    assert divergence(net, dense, held_out()) < divergence(restored, dense, held_out())
 
 
 def test_without_images_to_judge_by_nothing_changes():
     dense, net = dense_and_damaged()
     nothing = Calibration((), (), (), 0)
-    assert polish(net, dense, calibration(), nothing, 20) == 0
+    assert polish(net, dense, calibration(), nothing, 20) == Polished()
     assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
 
 
