@@ -31,7 +31,8 @@ class Calibration:
     ) -> "Calibration":
         """Read a loader once; batch i goes to process i mod P.
 
-        Raises `DataError` where the loader is empty, or its batches are not {"pixel_values", "labels"}.
+        Raises `DataError` where the loader has fewer images than there are processes, or its batches are not
+        {"pixel_values", "labels"}.
         """
         try:
             pairs = [(batch["pixel_values"], batch["labels"]) for batch in batches]
@@ -43,7 +44,13 @@ class Calibration:
         if not pairs:
             raise DataError("the calibration loader is empty; give it some training images")
         images, labels = (torch.cat(parts) for parts in zip(*pairs))
-        size = max(1, min(_MOST_PER_BATCH, _PIXELS_PER_BATCH // (images.shape[-1] * images.shape[-2])))
+        if len(images) < processes:
+            raise DataError(
+                f"{len(images)} calibration images leave some of {processes} processes without any; use more images or "
+                "fewer processes"
+            )
+        fitting = _PIXELS_PER_BATCH // (images.shape[-1] * images.shape[-2])
+        size = max(1, min(_MOST_PER_BATCH, fitting, len(images) // processes))
 
         def share(values: Tensor) -> tuple[Tensor, ...]:
             return tuple(part.to(device) for part in values.split(size)[process::processes])

@@ -227,19 +227,3 @@ def test_without_images_to_judge_by_nothing_changes():
     nothing = Calibration((), (), (), 0)
     assert polish(net, dense, calibration(), nothing, 20) == Polished()
     assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
-
-
-def test_a_calibration_is_split_the_same_way_on_all_processes():
-    whole = Calibration(
-        (images(7), images(4)), (torch.arange(7), torch.arange(7, 11)), (torch.arange(7), torch.arange(7, 11)), 11
-    )
-    fitted, left_out = whole.split(4)
-    assert torch.cat(fitted.labels).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10] and fitted.total == 9
-    assert torch.cat(left_out.labels).tolist() == [3, 7] and left_out.total == 2
-    assert torch.cat(fitted.indices).tolist() == list(range(9)) and torch.cat(left_out.indices).tolist() == [0, 1]
-    assert torch.equal(torch.cat(left_out.images), torch.cat(whole.images)[[3, 7]])
-    second = Calibration(whole.images[1:], whole.labels[1:], whole.indices[1:], 11)
-    own, judged = second.split(4)
-    assert torch.cat(own.indices).tolist() == [6, 7, 8] and torch.cat(judged.indices).tolist() == [1]
-    assert (own.total, judged.total) == (9, 2)
-    assert Calibration((), (), (), 11).split(4)[0] == Calibration((), (), (), 9)
