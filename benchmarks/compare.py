@@ -115,7 +115,7 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
     network = NETWORKS.get(folder.name)
     where = folder.relative_to(DOCS) if folder.is_relative_to(DOCS) else folder
     summaries = kept.summaries()
-    yield f"## {folder.name}\n"
+    yield f"## {title(folder.name, kept)}\n"
     yield f"![accuracy over MACs]({where}/{PLOT})\n"
     compared = {replace(cell, seed=0) for cell in reach(network)} if network else set()
     table = [summary for summary in summaries if not network or replace(summary.cell, seed=0) in compared]
@@ -131,6 +131,14 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
         yield f"Cycles x calibration images of `{DEFAULT.criterion}` with `{DEFAULT.merge}` at the same ratio:\n"
         yield matrix(default, "cycles", "calibration_size")
     yield f"[Every stage, seconds and parameters]({where}/{TABLE})\n"
+
+
+def title(name: str, kept: Results) -> str:
+    """The network, and what follows the merge beside recalibration."""
+    steps, epochs = (kept.settings[key] for key in ("polish_steps", "num_train_epochs"))
+    network = next(network for network in sorted(NETWORKS, key=len, reverse=True) if name.startswith(network))
+    after = [f"{steps} steps of polishing"] * bool(steps) + [f"{epochs:g} epochs of finetuning"] * bool(epochs)
+    return f"{network}, {' and '.join(after) or 'no training'}"
 
 
 def matrix(summaries: Iterable[Summary], down: str, across: str) -> str:
