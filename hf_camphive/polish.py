@@ -7,7 +7,7 @@ logits on varied calibration images, takes part of the error away. No label is r
 a gradient: reports state the accuracy before it and after it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,14 +73,16 @@ def polish(
     """Change `net` in place: BatchNorm's statistics, then all weights, by `steps` steps of Adam towards the logits of `dense`.
 
     Means and standard deviations go part of the way to those of `recalibrated`, the same network with others; where it
-    is None they stay. Then min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration images, logits [B, K]. A view
-    is mirrored, shifted, mixed with another image and changed in contrast and brightness at random (what is asked of the
-    network there is the dense network's answer, whatever it is). Both networks are in eval mode.
+    is None they stay. Then min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration
+    images, logits [B, K]. A view is mirrored, shifted, mixed with another image and changed in contrast and brightness at
+    random (what is asked of the network there is the dense network's answer, whatever it is). Both networks are in eval
+    mode.
 
-    How far to go is judged by images that are held out, as they are: of the points `LINE` between start and end the one with
-    the least KL(dense || net) at temperature 4 is taken, for the statistics as for the weights, and the shares of the ways
-    are returned. Where that is the start, or the divergence has doubled half-way, a lower learning rate is tried; after the lowest the weights stay as they were. They
-    must have been held out of the reconstruction too: images that it fitted look nearer than they are, and stop too early.
+    How far to go is judged by images that are held out, as they are: of the points between start and end the one with the
+    least KL(dense || net) at temperature 4 is taken, for the statistics as for the weights, and the shares of both ways
+    are returned. Where that is the weights' start, or the divergence has doubled half-way, a lower learning rate is
+    tried; after the lowest the weights stay as they were. The images must have been held out of the reconstruction too:
+    those that it fitted look nearer than others are, and stop too early.
 
     On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
     weights, which are those of one process up to rounding.
@@ -120,14 +122,9 @@ class _Descent:
     def restore(self, recalibrated: nn.Module) -> float:
         """Take BatchNorm's statistics to the best point of the line to those of `recalibrated`; the share of the way."""
         start, end = _statistics(self.net), _statistics(recalibrated)
-        divergences = {0.0: self.divergence}
-        for share in STATISTICS_LINE if start else ():
-            _set_statistics(self.net, start, end, share)
-            divergences[share] = self._divergence()
-        best = min(divergences, key=divergences.__getitem__)
-        _set_statistics(self.net, start, end, best)
-        self.divergence = divergences[best]
-        return best
+        if not start:
+            return 0.0
+        return self._best_of(STATISTICS_LINE, lambda share: _set_statistics(self.net, start, end, share))
 
     def run(self, learning_rate: float, steps: int, progress: bool) -> float:
         """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
@@ -143,12 +140,17 @@ class _Descent:
             self._add_gradients(next(views))
             optimizer.step()
         end = [parameter.detach().clone() for parameter in self.parameters]
+        return self._best_of(LINE, lambda share: self._go_to(share, end))
+
+    def _best_of(self, line: Sequence[float], go_to: Callable[[float], None]) -> float:
+        """Go to the point of a line that the held out images like best, its start 0 included."""
         divergences = {0.0: self.divergence}
-        for share in LINE:
-            self._go_to(share, end)
+        for share in line:
+            go_to(share)
             divergences[share] = self._divergence()
         best = min(divergences, key=divergences.__getitem__)
-        self._go_to(best, end)
+        go_to(best)
+        self.divergence = divergences[best]
         return best
 
     def _go_to(self, share: float, end: list[Tensor]) -> None:
