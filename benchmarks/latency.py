@@ -118,6 +118,7 @@ def main() -> None:
             if engine != "onnxruntime" or (find_spec("onnxruntime") and find_spec("onnx")):
                 for name, found in timed(engine, nets, options.threads, options.seconds).items():
                     rows[name].setdefault("ms", {})[engine] = found
+                rows["dense"]["environment"] = environment()
                 keep(results, rows)
     print(table(rows))
 
@@ -209,17 +210,11 @@ def with_torch_pruning(dense: nn.Module, loaders, fewer: float, again: bool) -> 
 def timed(engine: str, nets: dict[str, nn.Module], threads: int, seconds: float) -> dict[str, dict]:
     """{row: {batch size: median, 10th and 90th percentile in ms, runs}} of one engine, the rows taking turns."""
     if engine == "onnxruntime":
-        return {
-            name: {"threads": threads, **found}
-            for name, found in timed_with_onnxruntime(nets, threads, seconds).items()
-        }
+        return timed_with_onnxruntime(nets, threads, seconds)
     if engine == "torch folded":
         nets = {name: fold_batchnorm(net, SIZE) for name, net in nets.items()}
     found = measure_latency(nets, SIZE, BATCHES, runs=1000, seconds=seconds)
-    return {
-        name: {"threads": threads, **{str(batch): vars(latency) for batch, latency in row.items()}}
-        for name, row in found.items()
-    }
+    return {name: {str(batch): vars(latency) for batch, latency in row.items()} for name, row in found.items()}
 
 
 def timed_with_onnxruntime(nets: dict[str, nn.Module], threads: int, seconds: float) -> dict[str, dict]:
@@ -284,7 +279,8 @@ def table(rows: dict[str, dict]) -> str:
             *(times(rows, name, engine, str(batch)) for engine, batch in columns),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n{environment()}\n"
+    timed_on = ", ".join(f"{key} {value}" for key, value in rows["dense"].get("environment", {}).items())
+    return "\n".join(lines) + f"\n\n{timed_on or 'Not timed yet'}.\n"
 
 
 def times(rows: dict[str, dict], name: str, engine: str, batch: str) -> str:
