@@ -317,16 +317,10 @@ def _polish_note(polished: Polished, steps: int, judges: int) -> str:
     """What became of the polishing, in a sentence."""
     if not judges:
         return f"Not polished: fewer than {HELD_OUT} calibration images leave none to judge by."
-    done = []
-    if polished.statistics:
-        done.append(
-            f"BatchNorm's statistics went {polished.statistics:.0%} of the way to those of the calibration images"
-        )
-    if polished.weights:
-        done.append(
-            f"the weights {polished.weights:.0%} of the way of {steps} gradient steps towards the base's logits"
-        )
+    moves = {
+        "BatchNorm's statistics went {:.0%} of the way to those of the calibration images": polished.statistics,
+        f"the weights went {{:.0%}} of the way of {steps} gradient steps towards the base's logits": polished.weights,
+    }
     by = f"as {judges} calibration images held out of the merge say"
-    if not done:
-        return f"Not polished: no step towards the base's logits helped, {by}."
-    return f"Polished without labels, {by}: {' and '.join(done)}."
+    done = " and ".join(move.format(share) for move, share in moves.items() if share)
+    return f"Polished without labels: {done}, {by}." if done else f"Not polished: no step helped, {by}."
