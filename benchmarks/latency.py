@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/latency"), help="folder of the pruned networks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads while timing")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each batch size and engine")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=ENGINES, help="engines to time (all)")
     parser.add_argument("--no-timing", action="store_true", help="only prune and evaluate")
     parser.add_argument("--test", action="store_true", help="evaluate on the test images as well")
     options = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> None:
             job.name: torch.load(options.work / f"{job.name.replace(' ', '_')}.pt", weights_only=False)
             for job in chosen
         }
-        for engine in ENGINES:
+        for engine in options.engine:
             if engine != "onnxruntime" or (find_spec("onnxruntime") and find_spec("onnx")):
                 for name, found in timed(engine, nets, options.threads, options.seconds).items():
                     rows[name].setdefault("ms", {})[engine] = found
@@ -223,6 +224,7 @@ def timed_with_onnxruntime(nets: dict[str, nn.Module], threads: int, seconds: fl
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # else idle sessions take the others' cores
     found: dict[str, dict] = {name: {} for name in nets}
     for batch in BATCHES:
         images = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0))
