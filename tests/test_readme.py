@@ -36,13 +36,19 @@ def test_the_results_are_those_of_the_kept_benchmark():
     kept = {f"{100 * row['top1']:.2f}" for row in rows} | {f"{100 * row['dense_top1']:.2f}" for row in rows}
     for path in (ROOT / "docs/results/compare").glob("*/results.json"):
         results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
-        kept |= {summary.of(lambda row: row.final).percent().split()[0] for summary in results.summaries()}
+        for stage in (lambda row: row.dense, lambda row: row.pruned, lambda row: row.recalibrated, lambda row: row.final):
+            kept |= {summary.of(stage).percent().split()[0] for summary in results.summaries()}
         kept |= {f"{100 * share:.2f}" for row in results.rows for share in (row.dense, row.pruned, row.final)}
+    timed = json.loads((ROOT / "docs/results/latency.json").read_text(encoding="utf-8")).values()
+    kept |= {f"{100 * row['test_top1']:.2f}" for row in timed}
     finetuned = json.loads((ROOT / "docs/results/cifar_resnet56_finetuned.json").read_text(encoding="utf-8"))
     kept |= {f"{100 * stage['accuracy']['top1']:.2f}" for stage in finetuned["stages"]}
     table = README.split("## Results")[1].split("## Limits")[0]
     figures = re.findall(r"\b\d\d\.\d\d\b", table)
     assert figures and not [figure for figure in figures if figure not in kept]
+    medians = {f"{ms['median']:.1f}" for row in timed for engine in row["ms"].values() for ms in engine.values()}
+    milliseconds = re.findall(r"\b(\d+\.\d) ms\b", table)
+    assert milliseconds and not [figure for figure in milliseconds if figure not in medians]
 
 
 def test_the_figures_of_the_zoo_are_those_of_the_kept_sweep(monkeypatch):
