@@ -36,7 +36,12 @@ def test_the_results_are_those_of_the_kept_benchmark():
     kept = {f"{100 * row['top1']:.2f}" for row in rows} | {f"{100 * row['dense_top1']:.2f}" for row in rows}
     for path in (ROOT / "docs/results/compare").glob("*/results.json"):
         results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
-        for stage in (lambda row: row.dense, lambda row: row.pruned, lambda row: row.recalibrated, lambda row: row.final):
+        for stage in (
+            lambda row: row.dense,
+            lambda row: row.pruned,
+            lambda row: row.recalibrated,
+            lambda row: row.final,
+        ):
             kept |= {summary.of(stage).percent().split()[0] for summary in results.summaries()}
         kept |= {f"{100 * share:.2f}" for row in results.rows for share in (row.dense, row.pruned, row.final)}
     timed = json.loads((ROOT / "docs/results/latency.json").read_text(encoding="utf-8")).values()
