@@ -51,6 +51,7 @@ test-realdata: $(VENV)/.test
 benchmark: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/compare.py --data $(DATA)
+	$(BIN)/python benchmarks/compare.py --data $(DATA) --job reach --polish-steps 100 --only '^merge-aware reconstruct'
 
 zoo: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch-pruning==1.6.1

@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from networks import NETWORKS, Network, folder_of
+from networks import NETWORKS, Network, base_of, folder_of
 
-from hf_camphive import CampHiVeConfig, load_base, load_loaders
+from hf_camphive import CampHiVeConfig, load_loaders
 from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.criteria import CRITERIA
@@ -81,7 +82,7 @@ def open_comparison(
     network = NETWORKS[name]
     trained = f"_{options.polish_steps}_steps" if options.polish_steps else ""
     trained += f"_{options.epochs:g}_epochs" if options.epochs else ""
-    base = load_base(network.architecture, str(options.data / "weights" / f"{network.weights}.safetensors"))
+    base = base_of(network, options.data)
     dataset = folder_of(network, options.data)
     return Comparison(
         base,
@@ -115,7 +116,7 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
     network = NETWORKS.get(folder.name)
     where = folder.relative_to(DOCS) if folder.is_relative_to(DOCS) else folder
     summaries = kept.summaries()
-    yield f"## {title(folder.name, kept)}\n"
+    yield f"## {title(kept.settings)}\n"
     yield f"![accuracy over MACs]({where}/{PLOT})\n"
     compared = {replace(cell, seed=0) for cell in reach(network)} if network else set()
     table = [summary for summary in summaries if not network or replace(summary.cell, seed=0) in compared]
@@ -133,12 +134,11 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
     yield f"[Every stage, seconds and parameters]({where}/{TABLE})\n"
 
 
-def title(name: str, kept: Results) -> str:
+def title(settings: Mapping[str, Any]) -> str:
     """The network, and what follows the merge beside recalibration."""
-    steps, epochs = (kept.settings[key] for key in ("polish_steps", "num_train_epochs"))
-    network = next(network for network in sorted(NETWORKS, key=len, reverse=True) if name.startswith(network))
+    steps, epochs = settings["polish_steps"], settings["num_train_epochs"]
     after = [f"{steps} steps of polishing"] * bool(steps) + [f"{epochs:g} epochs of finetuning"] * bool(epochs)
-    return f"{network}, {' and '.join(after) or 'no training'}"
+    return f"{settings['architecture']} on {settings['dataset']}, {' and '.join(after) or 'no training'}"
 
 
 def matrix(summaries: Iterable[Summary], down: str, across: str) -> str:

@@ -28,10 +28,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from networks import NETWORKS, loaders_of
+from networks import NETWORKS, base_of, loaders_of
 from torch import nn
 
-from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base
+from hf_camphive import CampHiVeConfig, CampHiVePruner
 from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.calibration import Calibration
 from hf_camphive.criteria import Scores
@@ -136,8 +136,7 @@ def keep(results: Path, rows: dict[str, dict]) -> None:
 
 def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     """The network of a row, and what is known of it before it is timed."""
-    architecture, weights = NETWORKS[NETWORK].architecture, NETWORKS[NETWORK].weights
-    base = load_base(architecture, str(data / "weights" / f"{weights}.safetensors"))
+    base = base_of(NETWORKS[NETWORK], data)
     loaders = loaders_of(NETWORK, data, 0)
     extra = {}
     if job.torch_pruning:
@@ -168,10 +167,8 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
 @cache
 def scored(data: Path) -> tuple[Calibration, Scores, float]:
     """Calibration images, the scores of the dense network, which all plans share, and the seconds that these took."""
-    network = NETWORKS[NETWORK]
-    base = load_base(network.architecture, str(data / "weights" / f"{network.weights}.safetensors"))
     calibration = Calibration.collect(loaders_of(NETWORK, data, 0).calibration)
-    pruner = CampHiVePruner(base, CampHiVeConfig(num_train_epochs=0))
+    pruner = CampHiVePruner(base_of(NETWORKS[NETWORK], data), CampHiVeConfig(num_train_epochs=0))
     pruner.plan(calibration)
     return calibration, pruner.scores, pruner.seconds["score"]
 

@@ -9,6 +9,7 @@ from datasets import ClassLabel, load_dataset
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.data import Loaders
+from hf_camphive.models import BaseModel
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ NETWORKS = {
 }
 
 
+def base_of(network: Network, data: Path) -> BaseModel:
+    """The dense network with its weights."""
+    return load_base(network.architecture, str(data / "weights" / f"{network.weights}.safetensors"))
+
+
 @cache
 def loaders_of(name: str, data: Path, seed: int) -> Loaders:
     """Loaders of the network's dataset; the seed chooses the calibration images."""
     network = NETWORKS[name]
-    base = load_base(network.architecture, str(data / "weights" / f"{network.weights}.safetensors"))
     config = CampHiVeConfig(calibration_size=network.calibration_size, seed=seed)
-    return load_loaders(folder_of(network, data), base.net, config)
+    return load_loaders(folder_of(network, data), base_of(network, data).net, config)
 
 
 def folder_of(network: Network, data: Path) -> str:

@@ -107,7 +107,7 @@ class CampHiVeConfig:
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
     polish_steps: int | None = _option(
         None,
-        "Gradient steps towards the dense network's logits on calibration images after the cut, without labels, as far as held out images say that they help (default: 100 where no finetuning follows, else 0).",
+        "Gradient steps towards the dense network's logits on calibration images after the cut, once BatchNorm's statistics are restored, without labels, as far as held out images say that it helps (default: 100 where no finetuning follows, else 0).",
     )
 
     # Finetuning
