@@ -31,7 +31,7 @@ class Latency:
 class Footprint:
     """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size.
 
-    `folded_ms` is the latency with BatchNorm folded into the convolutions, as the network would be deployed.
+    `folded_ms` is the latency as the network would be deployed (`folding.fold`).
     """
 
     parameters: int
@@ -69,8 +69,9 @@ def measure_latency(
     """Time the forward pass of each network, by name and batch size.
 
     The networks take turns, in alternating order, so that whatever else the machine does disturbs all of them alike
-    and ratios are fair. Copies are timed: in eval mode, channels_last, without gradients, on the network's own device.
-    A batch size takes about `seconds`, or three rounds where that is longer.
+    and ratios are fair. A turn starts with a run that does not count, which finds the caches full of the network before:
+    that costs all alike, and would hide what small ones save. Copies are timed: in eval mode, channels_last, without
+    gradients, on the network's own device. A batch size takes about `seconds`, or three rounds where that is longer.
     """
     timed = {name: copy.deepcopy(net).eval().to(memory_format=torch.channels_last) for name, net in nets.items()}
     results: dict[str, dict[int, Latency]] = {name: {} for name in nets}
@@ -93,7 +94,7 @@ def footprint(
 ) -> Footprint:
     """Cost of a network for images of `input_size` [C, H, W]; `latency` is its row of `measure_latency`.
 
-    `folded` is the row of the network with BatchNorm folded.
+    `folded` is the row of the folded network.
     """
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     file_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -111,6 +112,7 @@ def _time_rounds(
         if round_ >= least and time.perf_counter() - began > seconds:
             break
         for name in list(nets) if round_ % 2 == 0 else reversed(list(nets)):
+            _forward_ms(nets[name], inputs[name])
             times[name].append(_forward_ms(nets[name], inputs[name]))
     return times
 

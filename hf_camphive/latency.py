@@ -3,8 +3,8 @@
     ms = scale * sum over operations of their time alone + overhead * number of operations
 
 The operations (with their kernel, stride, padding, groups, sizes, batch, dtype) are timed on a grid of widths and kept in a
-cache; between grid points times are interpolated. `scale` and `overhead` are what makes the sum right for the whole network at
-its full and its smallest widths: what running in a row and Python add.
+cache; between grid points times are interpolated. `scale` and `overhead` are what makes the sum right for a few whole
+networks, from the full one to a narrow and shallow one: what running in a row and Python add.
 """
 
 import copy
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,21 +27,22 @@ from huggingface_hub import constants
 from torch import nn
 from tqdm.auto import tqdm
 
-from .folding import fold_batchnorm
+from .folding import fold
 from .graph import named_tensors
-from .modeling_camphive import resize, widths_of
+from .modeling_camphive import Shortcut, resize, widths_of
 from .operations import Operation, network_operations
 from .plan import Branch, ChannelGroup
-from .planning import Part, axis_widths
+from .planning import Part, axis_widths, stream_width
 from .report import environment
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 ALIGNED = 8
 MOST_POINTS = {1: 16, 2: 8}  # of the grid along each axis, by number of axes
-ROUNDS, SECONDS_A_ROUND, MOST_CALLS = 5, 0.003, 20
-CHUNK = 256  # entries that take turns, and are then kept
+CALLS, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
+ALIKE = 0.02  # singular values below this share of the largest count as zero
+CHUNK = 512  # entries that take turns, and are then kept
 
 Prepare = Callable[[], Callable[[], object]]  # makes the inputs, returns what is to be timed
 Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
@@ -143,7 +145,7 @@ class LatencyTable:
     """
 
     def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None, timer: Timer | None = None):
-        self.device, self.timer = torch.device(device), timer or best_times
+        self.device, self.timer = torch.device(device), timer or typical_times
         about = environment(self.device)
         self.about = {key: about[key] for key in ("device", "threads", "torch")}
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:16]
@@ -182,19 +184,28 @@ class LatencyTable:
             logger.warning("The latency table could not be kept in %s: %s", self.path, error)
 
 
-def best_times(works: Mapping[str, Prepare], device: torch.device, progress: bool = False) -> dict[str, float]:
-    """Milliseconds of each work, the best of some rounds in which all take turns: other load only ever adds time."""
-    best = dict.fromkeys(works, float("inf"))
-    with torch.no_grad(), tqdm(total=ROUNDS * len(works), desc="Time layers", disable=not progress) as bar:
-        for _ in range(ROUNDS):
-            for key, prepare in works.items():
-                run, began, calls = prepare(), time.perf_counter(), 0
-                _milliseconds(run, device)
-                while calls < 2 or (calls < MOST_CALLS and time.perf_counter() - began < SECONDS_A_ROUND):
-                    best[key] = min(best[key], _milliseconds(run, device))
-                    calls += 1
-                bar.update()
-    return best
+def typical_times(works: Mapping[str, Prepare], device: torch.device, progress: bool = False) -> dict[str, float]:
+    """Milliseconds of each work, the median over rounds in which all take turns, so that other load slows all alike.
+
+    Not the least: a short work has more chances of a lucky moment than a long one, and narrow networks would look too fast.
+    """
+    times: dict[str, list[float]] = {key: [] for key in works}
+
+    def take_turns() -> None:
+        for key, prepare in works.items():
+            run = prepare()
+            _milliseconds(run, device)
+            times[key] += [_milliseconds(run, device) for _ in range(CALLS)]
+            bar.update()
+
+    began = time.perf_counter()
+    with torch.no_grad(), tqdm(desc="Time layers", total=LEAST_ROUNDS * len(works), disable=not progress) as bar:
+        take_turns()
+        rounds = min(max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - began))), MOST_ROUNDS)
+        bar.total = rounds * len(works)
+        for _ in range(rounds - 1):
+            take_turns()
+    return {key: median(found) for key, found in times.items()}
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
@@ -241,14 +252,13 @@ def latency_parts(
         for point in grid.points():
             key, args = op.at(point, dtype)
             works[key] = _prepare_operation(op.target, args, table.device, dtype)
-    least = {name: max(floor.get(name, size), min(step, size)) for name, size in sizes.items()}
-    least |= {name: size for name, size in sizes.items() if name not in floor}
-    ends = {"full": sizes, "smallest": least}
-    names = {end: _network_key(end, operations, kept, batch, folded, dtype) for end, kept in ends.items()}
-    for end, kept in ends.items():
-        small = _resized(net, trace.groups, shapes, kept)
+    samples = _samples(sizes, floor, branches, step)
+    names = {}
+    for sample, (kept, dropped) in samples.items():
+        small = _sampled(net, trace.groups, branches, shapes, kept, dropped)
         if small is not None:
-            works[names[end]] = _prepare_network(small, trace.input_size, batch, folded, table.device)
+            names[sample] = _network_key(operations, kept, dropped, batch, folded, dtype)
+            works[names[sample]] = _prepare_network(small, trace.input_size, batch, folded, table.device)
     table.measure(works, progress)
 
     def alone(op: Operation, grid: Grid) -> Callable[..., float]:
@@ -256,11 +266,13 @@ def latency_parts(
         return cache(lambda *found: grid.interpolate(found, at))
 
     times = [alone(op, grid) for op, grid in zip(operations, grids)]
-    sums = {
-        end: sum(t(*(w.at(kept) for w in op.widths)) for op, t in zip(operations, times)) for end, kept in ends.items()
-    }
-    measured = {end: table.ms[name] for end, name in names.items() if name in works}
-    scale, overhead = fit(sums, measured, len(operations))
+    totals, measured = [], []
+    for sample, name in names.items():
+        kept, dropped = samples[sample]
+        left = [(op, t) for op, t in zip(operations, times) if op.branch not in dropped]
+        totals.append((sum(t(*(width.at(kept) for width in op.widths)) for op, t in left), len(left)))
+        measured.append(table.ms[name])
+    scale, overhead = fit(totals, measured)
     logger.debug("Latency: %.3f times the sum of the operations, and %.4f ms for each", scale, overhead)
     return tuple(
         Part(op.widths, lambda *found, time=time: scale * time(*found) + overhead, op.branch)
@@ -268,21 +280,52 @@ def latency_parts(
     )
 
 
-def fit(sums: Mapping[str, float], measured: Mapping[str, float], operations: int) -> tuple[float, float]:
-    """(scale, overhead) with measured = scale * sum + overhead * operations at both ends, neither below zero."""
-    full = measured["full"], sums["full"]
-    if "smallest" in measured and sums["full"] > 1.05 * sums["smallest"]:
-        scale = (measured["full"] - measured["smallest"]) / (sums["full"] - sums["smallest"])
-        overhead = (full[0] - scale * full[1]) / operations
-        if scale > 0 and overhead >= 0:
-            return scale, overhead
-    return full[0] / full[1], 0.0
+def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple[float, float]:
+    """(scale, overhead), neither below zero, with the least squared relative error of scale * sum + overhead * operations.
+
+    `totals` are (sum, operations) of some networks, `measured` their times. Networks that are too much alike to tell the
+    two apart give a scale alone.
+    """
+    shares = torch.tensor(totals, dtype=torch.float64) / torch.tensor(measured, dtype=torch.float64)[:, None]
+    lengths = shares.norm(dim=0)
+    found = torch.linalg.lstsq(shares / lengths, torch.ones(len(shares), 1).double(), rcond=ALIKE, driver="gelsd")
+    scale, overhead = (found.solution[:, 0] / lengths).tolist()
+    if found.rank == 2 and scale > 0 and overhead >= 0:
+        return scale, overhead
+    return float(shares[:, 0].sum() / shares[:, 0].square().sum()), 0.0
+
+
+def _samples(
+    sizes: Mapping[str, int], floor: Mapping[str, int], branches: Sequence[Branch], step: int
+) -> dict[str, tuple[dict[str, int], frozenset[str]]]:
+    """What is left of each group, and which branches are dropped, in the networks that are timed as a whole."""
+
+    def cut(share: float) -> dict[str, int]:
+        counts = {name: -(-int(share * size) // step) * step for name, size in sizes.items()}
+        return {
+            name: min(max(floor[name], counts[name], min(step, size)), size) if name in floor else size
+            for name, size in sizes.items()
+        }
+
+    modules = [branch.module for branch in branches]
+    return {
+        "full": (dict(sizes), frozenset()),
+        "half": (cut(0.5), frozenset(modules[::2])),
+        "quarter": (cut(0.25), frozenset(module for i, module in enumerate(modules) if i % 3)),
+        "narrow": (cut(0), frozenset()),
+    }
 
 
 def _network_key(
-    end: str, operations: Sequence[Operation], kept: Mapping[str, int], batch: int, folded: bool, dtype: torch.dtype
+    operations: Sequence[Operation],
+    kept: Mapping[str, int],
+    dropped: frozenset[str],
+    batch: int,
+    folded: bool,
+    dtype: torch.dtype,
 ) -> str:
-    keys = [op.at([width.at(kept) for width in op.widths], dtype)[0] for op in operations]
+    left = [op for op in operations if op.branch not in dropped]
+    keys = [op.at([width.at(kept) for width in op.widths], dtype)[0] for op in left]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
     return f"network {digest} batch {batch}{' folded' if folded else ''}"
 
@@ -308,7 +351,7 @@ def _prepare_network(
 ) -> Prepare:
     @cache
     def prepare() -> Callable[[], object]:
-        ready = fold_batchnorm(net, input_size) if folded else copy.deepcopy(net).eval()
+        ready = fold(net, input_size) if folded else copy.deepcopy(net).eval()
         ready = ready.to(device, memory_format=torch.channels_last)
         dtype = next(ready.parameters()).dtype
         images = torch.full((batch, *input_size), 0.5, device=device, dtype=dtype)
@@ -318,10 +361,15 @@ def _prepare_network(
     return prepare
 
 
-def _resized(
-    net: nn.Module, groups: Iterable[ChannelGroup], shapes: Mapping[str, Sequence[int]], kept: Mapping[str, int]
+def _sampled(
+    net: nn.Module,
+    groups: Iterable[ChannelGroup],
+    branches: Iterable[Branch],
+    shapes: Mapping[str, Sequence[int]],
+    kept: Mapping[str, int],
+    dropped: frozenset[str],
 ) -> nn.Module | None:
-    """A copy with `kept` channels of each group, whichever; None where the network's own code does not allow for that."""
+    """A copy with `kept` channels of each group, whichever, without some branches; None where its code does not allow that."""
     widths = axis_widths(groups, shapes)
     small = copy.deepcopy(net)
     sized = {}
@@ -332,6 +380,10 @@ def _resized(
         ]
     try:
         resize(small, sized, {})
+        for branch in branches:
+            if branch.module in dropped:
+                block, channels = small.get_submodule(branch.module), stream_width(branch, widths).at(kept)
+                small.set_submodule(branch.module, Shortcut(block, branch.shortcut, branch.after, channels))
     except (ValueError, RuntimeError) as error:
         logger.debug("The network cannot be made as narrow as it may get: %s", error)
         return None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from .branches import operations_inside
-from .folding import foldable
-from .graph import operation
+from .folding import foldable, shortcut_hosts
+from .graph import Graph, operation
 from .plan import Branch
 from .planning import Width, axis_widths
 from .tracing import Trace
@@ -70,13 +70,14 @@ def network_operations(
 ) -> tuple[Operation, ...]:
     """Operations of a traced network that take time, for batches of `batch` images.
 
-    With `folded`, batch norms that follow a convolution are left out and that convolution has a bias instead.
+    With `folded`, batch norms that follow a convolution are left out and that convolution has a bias instead; of a dropped
+    branch's block nothing is left where its constant can go into a convolution too (`folding.fold`).
     """
     graph = trace.graph
     norms = foldable(graph) if folded else {}
     widths = axis_widths(trace.groups, shapes)
     sizes = {group.name: group.size for group in trace.groups}
-    inside = operations_inside(graph, branches)
+    inside = operations_inside(graph, branches) | (_emptied_blocks(graph, branches) if folded else {})
     dims: dict[fx.Node, tuple[Dim, ...]] = {graph.image: (batch, *trace.input_size)}
     for node, name in graph.tensors.items():
         dims[node] = tuple(widths.get((name, axis), size) for axis, size in enumerate(shapes[name]))
@@ -93,6 +94,18 @@ def network_operations(
             args = _convolution_arguments(args, biased=node in norms.values())
         found.append(Operation(node.target, args, inside.get(node.name)))
     return tuple(found)
+
+
+def _emptied_blocks(graph: Graph, branches: Iterable[Branch]) -> dict[str, str]:
+    """{operation: module} of those outside a branch that go with it all the same when the network is folded, by name."""
+    nodes = {node.name: node for node in graph.operations}
+    adds = {}
+    for branch in branches:
+        shortcuts = [used for used in nodes[branch.add].all_input_nodes if used.name != branch.output]
+        if len(shortcuts) == 1:
+            adds[branch.module] = nodes[branch.add], shortcuts[0]
+    hosts = shortcut_hosts(graph, adds)
+    return {node.name: module for module, host in hosts.items() for node in host.gone}
 
 
 def _static(value: Tensor, batch: int) -> tuple[int, ...]:

@@ -101,13 +101,18 @@ class Budgeted:
         """The constant [C] that a dropped branch leaves on the residual stream is a parameter too."""
         widths = axis_widths(self.groups, self.shapes)
         for branch in self.branches:
-            inner = set(branch.groups)
-            streams = [
-                widths[tensor, 0]
-                for tensor in branch.tensors
-                if (tensor, 0) in widths and inner.isdisjoint(group for group, _ in widths[tensor, 0].groups)
-            ]
-            yield Part(tuple(streams[:1]), lambda *sizes: sum(sizes), branch.module, replaces=True)
+            streams = (stream_width(branch, widths),)
+            yield Part(streams, lambda *sizes: sum(sizes), branch.module, replaces=True)
+
+
+def stream_width(branch: Branch, widths: Mapping[tuple[str, int], Width]) -> Width:
+    """Channels of the residual stream that a branch adds to, from those of the branch's own last tensors; none if unknown."""
+    inner = set(branch.groups)
+    for tensor in branch.tensors:
+        width = widths.get((tensor, 0))
+        if width is not None and inner.isdisjoint(group for group, _ in width.groups):
+            return width
+    return Width(0)
 
 
 def axis_widths(groups: Iterable[ChannelGroup], shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Width]:

@@ -22,7 +22,7 @@ from .budgets import overall_budgets
 from .data import Loaders
 from .errors import ConfigError
 from .evaluation import evaluate_accuracy
-from .folding import fold_batchnorm
+from .folding import fold
 from .footprint import footprint, measure_latency
 from .models import replace_head
 from .plan import PrunePlan
@@ -190,7 +190,7 @@ class CampHiVePruner(PruningSteps):
         times: dict[str, Any] = dict.fromkeys(nets)
         if latency:
             with self._timed("measure latency"):
-                folded = {f"{name} folded": fold_batchnorm(net, self.input_size) for name, net in nets.items()}
+                folded = {f"{name} folded": fold(net, self.input_size) for name, net in nets.items()}
                 times = measure_latency(nets | folded, self.input_size, self._batch_sizes())
         costs = {
             name: footprint(net, self.input_size, times[name], times.get(f"{name} folded"))

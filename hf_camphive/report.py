@@ -291,7 +291,7 @@ def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> lis
         place = ", ".join(part for part in (where[0] if where else "", threads) if part)
         notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
     if any(stage.footprint.folded_ms for stage in stages):
-        notes.append("Folded: with every BatchNorm folded into the convolution before it, as in deployment.")
+        notes.append("Folded: BatchNorm and what dropped blocks left folded into convolutions, as in deployment.")
     notes.append("1 MAC = 2 FLOPs; 1 MB = 10^6 bytes.")
     return [line for note in notes for line in _wrap(note)]
 
