@@ -39,6 +39,7 @@ from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.folding import fold
 from hf_camphive.footprint import count_macs, count_parameters, measure_latency
 from hf_camphive.launch import make_accelerator
+from hf_camphive.plan import Budget
 from hf_camphive.report import environment
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -56,16 +57,17 @@ class Job:
 
 
 FEWER = (1.5, 2.1, 2.6, 4.2)
+LATENCY = {"latency_folded": True, "criterion": "merge-joint"}
 JOBS = [
     Job("dense"),
     *(Job(f"macs {fewer}x", {"target_macs": 1 / fewer}) for fewer in FEWER),
     *(Job(f"macs {fewer}x in eights", {"target_macs": 1 / fewer, "round_to": 8}) for fewer in FEWER),
     *(
-        Job(f"latency {share}", {"target_latency": share, "latency_batch_size": 32, "latency_folded": True})
+        Job(f"latency {share}", {"target_latency": share, "latency_batch_size": 32, **LATENCY})
         for share in (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)
     ),
     *(
-        Job(f"latency batch 1 {share}", {"target_latency": share, "latency_batch_size": 1, "latency_folded": True})
+        Job(f"latency batch 1 {share}", {"target_latency": share, "latency_batch_size": 1, **LATENCY})
         for share in (0.8, 0.7, 0.6, 0.5, 0.4)
     ),
     *(
@@ -142,8 +144,9 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     if job.torch_pruning:
         net = with_torch_pruning(base.net, loaders, **job.torch_pruning)
     elif job.options:
-        pruner = CampHiVePruner(base, CampHiVeConfig(num_train_epochs=0, polish_steps=0, **job.options))
-        calibration, scores, seconds_to_score = scored(data)
+        config = CampHiVeConfig(num_train_epochs=0, polish_steps=0, **job.options)
+        pruner = CampHiVePruner(base, config)
+        calibration, scores, seconds_to_score = scored(data, config.criterion)
         plan = pruner.plan(calibration, scores=scores)
         net = pruner.apply(plan, calibration)
         pruner.seconds["score"] = seconds_to_score
@@ -165,10 +168,10 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
 
 
 @cache
-def scored(data: Path) -> tuple[Calibration, Scores, float]:
-    """Calibration images, the scores of the dense network, which all plans share, and the seconds that these took."""
+def scored(data: Path, criterion: str) -> tuple[Calibration, Scores, float]:
+    """Calibration images, the scores of the dense network, which plans share, and the seconds that these took."""
     calibration = Calibration.collect(loaders_of(NETWORK, data, 0).calibration)
-    pruner = CampHiVePruner(base_of(NETWORKS[NETWORK], data), CampHiVeConfig(num_train_epochs=0))
+    pruner = CampHiVePruner(base_of(NETWORKS[NETWORK], data), CampHiVeConfig(num_train_epochs=0, criterion=criterion))
     pruner.plan(calibration)
     return calibration, pruner.scores, pruner.seconds["score"]
 
@@ -268,14 +271,14 @@ def table(rows: dict[str, dict]) -> str:
         "|---" * (6 + len(columns)) + "|",
     ]
     for name, row in rows.items():
-        predicted = next((b["after"] for b in row.get("budgets", ()) if b["cost"] == "latency"), None)
+        predicted = next((Budget(**b) for b in row.get("budgets", ()) if b["cost"] == "latency"), None)
         cells = [
             name,
             f"{rows['dense']['macs'] / row['macs']:.2f}x",
             f"{100 * row['held_out_top1']:.2f}",
             f"{100 * row['test_top1']:.2f}" if "test_top1" in row else "",
             str(row.get("dropped", "")),
-            "" if predicted is None else f"{predicted:.1f}",
+            "" if predicted is None else f"{predicted.after:.1f}, {predicted.before / predicted.after:.2f}x",
             *(times(rows, name, engine, str(batch)) for engine, batch in columns),
         ]
         lines.append(f"| {' | '.join(cells)} |")

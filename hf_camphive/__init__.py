@@ -21,6 +21,7 @@ _HOMES = {
     "CampHiVeForImageClassification": "modeling_camphive",
     "PrunePlan": "plan",
     "expand": "expansion",
+    "fold": "folding",
     "from_pretrained": "hub",
     "load_base": "models",
     "load_loaders": "data",

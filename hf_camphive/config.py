@@ -48,6 +48,7 @@ class CampHiVeConfig:
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: Literal[
         "merge-aware",
+        "merge-joint",
         "fisher",
         "hive",
         "hive-paper",
@@ -60,7 +61,7 @@ class CampHiVeConfig:
         "random",
     ] = _option(
         "merge-aware",
-        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves and measures best.",
+        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves and measures best; `merge-joint` adds terms between layers, for `target_latency`.",
     )
     merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."

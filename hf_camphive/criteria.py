@@ -16,8 +16,8 @@ from .curvature import Curvature, curvature_cotangent, factored_curvature, gate_
 from .evidence import Evidence, Scores
 from .gates import gate_gradients
 from .graph import operation
-from .merge_loss import consumer_products, merge_losses, mergeable
-from .second_order import hap, hive_paper, sosp_h, sosp_i
+from .merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
+from .second_order import channel_costs, hap, hive_paper, sosp_h, sosp_i
 from .spectrum import lanczos, power_iteration
 
 logger = logging.getLogger(__name__)
@@ -49,17 +49,60 @@ def merge_aware(evidence: Evidence) -> Scores:
 
     The idea of 1/2 d^T H d with d the change that the merge makes, H the Gauss-Newton matrix, as in `fisher`. Deviation: the
     logits are divided by a temperature, since on images that an overfitted network is sure of, curvature all but vanishes.
-    A group whose consumers do not read its channels one by one is judged by plain removal.
+    A group whose consumers do not read its channels one by one is judged by plain removal. All merge rules are judged by
+    least squares: the change that each makes itself ranks channels worse (docs/ablation.md).
+    """
+    names = mergeable(evidence.trace, evidence.gates)
+    products, seconds, removal = _merge_sums(evidence, names, "Score (merge-aware)")
+    scores = evidence.gates.split(0.5 * removal.square().sum(0) / evidence.total)
+    for name in sorted(names):
+        total = evidence.reduce(products.pop(name)) / evidence.total**0.5
+        scores[name] = merge_losses(total, evidence.reduce(seconds.pop(name)))
+    return scores
+
+
+def merge_joint(evidence: Evidence) -> Scores:
+    """`merge_aware` by least squares, with the terms between layers: 1/2 mean_n (z_n^T J_n sum_s d_s)^2 (`joint_losses`).
+
+    SOSP's greedy choice (arXiv:2110.11395, SOSP-I), of merges in place of removals. A channel's cost is the MACs that it
+    takes with it at full width where plans are made by score per cost. Groups outside of the run's scope take no part.
     """
     gates = evidence.gates
     names = mergeable(evidence.trace, gates)
-    signs = evidence.signs()
+    products, seconds, removal = _merge_sums(evidence, names, "Score (merge-joint)", alike=True)
+    descents = {}
+    for name in sorted(gates.slices):
+        if name in names:
+            total = evidence.reduce(products.pop(name)) / evidence.total**0.5
+            descents[name] = merge_moves(total, evidence.reduce(seconds.pop(name)))
+        else:
+            moves = removal[:, gates.slices[name]].T / evidence.total**0.5
+            descents[name] = moves.square().sum(1).argsort(stable=True), moves
+    costs = channel_costs(evidence)
+    inside = {name: descent for name, descent in descents.items() if name in costs}
+    alone = {name: 0.5 * moves.square().sum(1) for name, (_, moves) in descents.items()}
+    return alone | joint_losses(inside, costs)
+
+
+def _merge_sums(
+    evidence: Evidence, names: frozenset[str], description: str, alike: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """M and S of these groups (`consumer_products`), this process's share, and the gate gradients [R, S] of all processes.
+
+    All are sums of images n with the same n mod R; `alike` gives all groups the same R. There are gate gradients where some
+    group is not among these, else R = 0.
+    """
+    gates, signs = evidence.gates, evidence.signs()
     sizes = {name: where.stop - where.start for name, where in gates.slices.items() if name in names}
     rows = {name: min(evidence.total, max(LEAST_SUMS, SUMS // size**2)) for name, size in sizes.items()}
+    if alike:
+        rows = dict.fromkeys(rows, min(rows.values(), default=0))
+    others = min(rows.values()) if alike and rows else evidence.total
+    others *= len(names) < len(gates.slices)
     products: dict[str, Tensor] = {}
     seconds: dict[str, Tensor] = {}
-    removal = torch.zeros(gates.size, dtype=torch.float64)
-    for batch, _, numbers in evidence.batches("Score (merge-aware)"):
+    removal = torch.zeros(others, gates.size, dtype=torch.float64)
+    for batch, _, numbers in evidence.batches(description):
         some = max(1, PIXELS // (batch.shape[-1] * batch.shape[-2]))
         for images, indices in zip(batch.split(some), numbers.split(some)):
             drawn = signs[indices.cpu()].to(images.device)
@@ -70,14 +113,10 @@ def merge_aware(evidence: Evidence) -> Scores:
                     seconds[name] = torch.zeros_like(s, dtype=torch.float64)
                 products[name].index_add_(0, indices.to(m.device) % rows[name], m)
                 seconds[name] += s
-            if len(names) < len(gates.slices):
+            if others:
                 gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
-                removal += gradients.double().square().sum(0).cpu()
-    scores = gates.split(0.5 * evidence.reduce(removal) / evidence.total)
-    for name in sorted(names):
-        total = evidence.reduce(products.pop(name)) / evidence.total**0.5
-        scores[name] = merge_losses(total, evidence.reduce(seconds.pop(name)))
-    return scores
+                removal.index_add_(0, indices.cpu() % others, gradients.double().cpu())
+    return products, seconds, evidence.reduce(removal)
 
 
 def taylor(evidence: Evidence) -> Scores:
@@ -182,6 +221,7 @@ def random(evidence: Evidence) -> Scores:
 Criterion = Callable[[Evidence], Scores]
 CRITERIA: dict[str, Criterion] = {
     "merge-aware": merge_aware,
+    "merge-joint": merge_joint,
     "fisher": fisher,
     "hive": hive,
     "hive-paper": hive_paper,

@@ -7,6 +7,7 @@ made of it. Pure functions on the products of gradients and activations where co
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from math import inf, nextafter
 
 import torch
 from torch import Tensor, fx
@@ -68,27 +69,37 @@ def consumer_products(
 
 
 def merge_losses(products: Tensor, second: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Scores [C]: the loss of merging each channel away, when its turn comes in a greedy descent.
+    """Scores [C]: the loss of merging each channel away, when its turn comes in a greedy descent (`merge_moves`).
 
-    cost_s = 1/2 sum_n (M_nss - sum_t b_st M_nst - b_s1 M_ns1)^2 over channels t that are left, with b the ridge regression
-    of a_s on them and a constant. The cheapest go first, a 64th of those left at a time; what reads them then reads their
-    predictions, g_t += b_st g_s. A channel never scores less than those that went before it.
+    A channel never scores less than those that went before it.
+    """
+    order, moves = merge_moves(products, second, ridge)
+    scores = torch.zeros(len(order), dtype=torch.float64)
+    scores[order] = (0.5 * moves[order].square().sum(1)).cummax(0).values.cpu()
+    return scores
+
+
+def merge_moves(products: Tensor, second: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """(order [C], moves [C, N]): the channels in the order of a greedy descent, and how far each, at its turn, moves z_n^T logits_n.
+
+    move_sn = M_nss - sum_t b_st M_nst - b_s1 M_ns1 over channels t that are left, with b the ridge regression of a_s on
+    them and a constant; the channels with the least 1/2 sum_n move_sn^2 go first, a 64th of those left at a time. What reads
+    them then reads their predictions, g_t += b_st g_s.
     `products` is M [N, C, C + 1] (divided by the square root of the number of images), `second` is S [C + 1, C + 1].
     """
     count = products.shape[1]
-    scores = torch.zeros(count, dtype=torch.float64)
+    moves, order = torch.zeros(count, len(products), dtype=torch.float64), []
     second = second.double() / second[-1, -1].double().clamp_min(1e-300)
     damping = (ridge * second.diagonal()[:-1].mean()).clamp_min(1e-12) * torch.ones(count + 1).to(second)
     damping[-1] = 0  # the constant is not damped
     precision = torch.linalg.inv(second + torch.diag(damping))
-    left, highest = torch.arange(count), 0.0
+    left = torch.arange(count)
     while len(left):
         coefficients = precision[:-1] / precision.diagonal()[:-1, None]  # 1 at s, -b_st elsewhere
-        costs = 0.5 * torch.einsum("nst,st->ns", products, coefficients.to(products)).double().square().sum(0).cpu()
-        going = costs.argsort(stable=True)[: -(-len(left) // ROUND)]
-        for channel in going:
-            highest = max(highest, float(costs[channel]))
-            scores[left[channel]] = highest
+        moved = torch.einsum("nst,st->ns", products, coefficients.to(products)).double()
+        going = moved.square().sum(0).cpu().argsort(stable=True)[: -(-len(left) // ROUND)]
+        moves[left[going]] = moved.cpu()[:, going].T
+        order.append(left[going])
         stay = torch.ones(len(left), dtype=torch.bool)
         stay[going] = False
         kept, gone = (where.nonzero()[:, 0].to(precision.device) for where in (stay, ~stay))
@@ -98,6 +109,33 @@ def merge_losses(products: Tensor, second: Tensor, ridge: float = RIDGE) -> Tens
         products = products[:, kept][:, :, read] - passed
         precision = precision[read][:, read] - precision[read][:, gone] @ solved
         left = left[stay]
+    return torch.cat(order), moves
+
+
+def joint_losses(descents: Mapping[str, tuple[Tensor, Tensor]], costs: Mapping[str, float]) -> dict[str, Tensor]:
+    """Scores of groups whose merges are judged together, by group, each [C]: greedy, with the terms between layers.
+
+    1/2 |X + move_s|^2 - 1/2 |X|^2 = X . move_s + 1/2 |move_s|^2 is what a merge adds to the loss when X is the sum of all
+    moves so far, in any layer: errors may cancel or add up. The group whose next channel (in the order of `merge_moves`) adds
+    least per cost goes next; a channel's score is what it adds per cost, never less than those before it, times its cost.
+    """
+    at = dict.fromkeys(descents, 0)
+    scores = {name: torch.zeros(len(order), dtype=torch.float64) for name, (order, _) in descents.items()}
+    names = list(descents)
+    moved = torch.zeros_like(descents[names[0]][1][0])
+    price = 0.0
+    while names:
+        heads = torch.stack([descents[name][1][descents[name][0][at[name]]] for name in names])
+        added = heads @ moved + 0.5 * heads.square().sum(1)
+        prices = added / torch.tensor([costs[name] for name in names], dtype=torch.float64)
+        next_ = int(prices.argmin())
+        name = names[next_]
+        price = nextafter(max(price, float(prices[next_])), inf)  # else the order would be lost among equals
+        scores[name][descents[name][0][at[name]]] = price * costs[name]
+        moved = moved + heads[next_]
+        at[name] += 1
+        if at[name] == len(scores[name]):
+            names.remove(name)
     return scores
 
 

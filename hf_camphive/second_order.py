@@ -94,13 +94,9 @@ def sosp_i(evidence: Evidence) -> Scores:
     def row(s: int) -> Tensor:
         return (rows[:, s] @ rows).abs()
 
-    costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.ones(gates.size, dtype=torch.bool)
-    exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
-    for group in _free(evidence.trace):
-        where = gates.slices[group.name]
-        candidates[where] = group.name not in exterior
-        if evidence.config.threshold == "adaptive":
-            costs[where] = max(1, _macs_of_a_channel(evidence, group))
+    costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.zeros(gates.size, dtype=torch.bool)
+    for name, cost in channel_costs(evidence).items():
+        costs[gates.slices[name]], candidates[gates.slices[name]] = cost, True
     alone = gradient.abs() + 0.5 * rows.double().square().sum(0)
     return gates.split(greedy_marginals(alone, row, costs, candidates))
 
@@ -178,6 +174,17 @@ def _over_filters(trace: Trace, values: Mapping[str, Tensor]) -> Scores:
 
 def _free(trace: Trace) -> list[ChannelGroup]:
     return [group for group in trace.groups if not group.frozen]
+
+
+def channel_costs(evidence: Evidence) -> dict[str, float]:
+    """What a channel of each group in the run's scope costs a greedy choice: its MACs at full width, or 1 with thresholds."""
+    exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
+    adaptive = evidence.config.threshold == "adaptive"
+    return {
+        group.name: max(1, _macs_of_a_channel(evidence, group)) if adaptive else 1
+        for group in _free(evidence.trace)
+        if group.name not in exterior
+    }
 
 
 def _macs_of_a_channel(evidence: Evidence, group: ChannelGroup) -> int:

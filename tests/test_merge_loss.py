@@ -5,10 +5,12 @@ import torch
 from test_criteria import evidence
 from toys import Chain, images, randomise
 
-from hf_camphive.criteria import CRITERIA
+from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE
+from hf_camphive.curvature import curvature_cotangent
 from hf_camphive.gates import gate_space
 from hf_camphive.graph import named_tensors
-from hf_camphive.merge_loss import consumer_products, merge_losses, mergeable
+from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
+from hf_camphive.second_order import channel_costs
 from hf_camphive.tracing import trace_network
 
 GROUP, READER = "block1.conv1", "block1.conv2.weight"
@@ -82,6 +84,61 @@ def test_what_the_others_predict_costs_nothing():
     scores = merge_losses(g @ a.mT, flat @ flat.T, ridge=1e-12)
     plain = 0.5 * (g * a[:, :-1]).sum(2).square().sum(0)
     assert scores.min() < 1e-9 * plain.min() and int((scores < 1e-6 * plain.min()).sum()) == 1
+
+
+def test_moves_are_what_each_merge_adds_to_the_logits():
+    """Their sum is the move of merging all channels into the constant, whatever the order: by the products alone."""
+    m, s = random_products(5)
+    order, moves = merge_moves(m, s, ridge=0)
+    assert sorted(order.tolist()) == list(range(5))
+    means = s[:-1, -1] / s[-1, -1]
+    together = (m[:, :, :-1].diagonal(dim1=1, dim2=2) - means * m[:, :, -1]).sum(1)
+    torch.testing.assert_close(moves.sum(0), together, rtol=1e-8, atol=1e-8)
+
+
+def test_joint_losses_by_hand():
+    # X = 0:       a1 adds 1/2 |(1, 0)|^2 = 0.5 for 1, b1 adds 1/2 |(0, 2)|^2 = 2 for 2, so 1 each: a1 goes
+    # X = (1, 0):  a2 = (3, 0) adds 3 + 4.5 = 7.5, b1 adds 2, so 1 each: b1 goes
+    # X = (1, 2):  a2 adds 7.5, b2 = (0, -2) adds -4 + 2 = -2, less than what went before: b2 goes at b1's price, 1
+    # X = (1, 0):  a2 is left, 7.5
+    a = torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    b = torch.tensor([[0.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
+    scores = joint_losses({"a": (torch.tensor([1, 0]), a), "b": (torch.tensor([0, 1]), b)}, {"a": 1.0, "b": 2.0})
+    torch.testing.assert_close(scores["a"], torch.tensor([7.5, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(scores["b"], torch.tensor([2.0, 2.0], dtype=torch.float64))
+    assert scores["b"][0] < scores["b"][1]  # the order is not lost
+
+
+def test_merges_are_judged_together():
+    """Every score is the largest increase per cost so far of 1/2 |sum of all moves|^2, along the order of score per cost."""
+    subject = evidence(criterion="merge-joint", scope="all")
+    scores, costs = CRITERIA["merge-joint"](subject), channel_costs(subject)
+    gates = gate_space(subject.trace, subject.state)
+    names = mergeable(subject.trace, gates)
+    assert names == set(costs) == set(scores)
+    signs = subject.signs()
+    moves = {}
+    for name in names:
+        sums = [
+            consumer_products(subject.trace, subject.state, frozenset([name]), x, cotangent_of(signs[numbers]))
+            for x, numbers in zip(subject.images, subject.indices)
+        ]
+        parts = [(m, s) for found in sums for _, m, s in found]
+        readers = len(parts) // len(subject.images)
+        m = sum(torch.cat([part[0] for part in parts[reader::readers]]) for reader in range(readers))
+        moves[name] = merge_moves(m / subject.total**0.5, sum(part[1] for part in parts))[1]
+    prices = {(name, c): float(scores[name][c]) / costs[name] for name in names for c in range(len(scores[name]))}
+    x, highest, loss = 0, 0.0, 0.0
+    for (name, c), price in sorted(prices.items(), key=lambda item: item[1]):
+        x = x + moves[name][c]
+        after = float(0.5 * x @ x)
+        highest = max(highest, (after - loss) / costs[name])
+        assert price == pytest.approx(highest, rel=1e-6)
+        loss = after
+
+
+def cotangent_of(signs):
+    return lambda logits: curvature_cotangent(logits, signs=signs, temperature=SCORE_TEMPERATURE)
 
 
 def test_many_channels_go_in_rounds_and_all_get_a_score():
