@@ -35,9 +35,9 @@ PEERS = [f"tp-{name}{scope}" for scope in ("", "-all") for name in ("magnitude",
 
 
 def reach(network: Network) -> tuple[Cell, ...]:
-    """Our default and `fisher`, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
+    """Our default, `merge-joint` and `fisher`, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
     images = {"calibration_sizes": [network.calibration_size]}
-    ours = grid([DEFAULT.criterion, "fisher"], [DEFAULT.merge, "none"], network.ratios, **images)
+    ours = grid([DEFAULT.criterion, "merge-joint", "fisher"], [DEFAULT.merge, "none"], network.ratios, **images)
     return (*ours, *grid(PEERS, ["none", DEFAULT.merge], network.ratios, **images))
 
 

@@ -9,23 +9,16 @@ networks, from the full one to a narrow and shallow one: what running in a row a
 
 import copy
 import hashlib
-import json
 import logging
-import os
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import nn
-from tqdm.auto import tqdm
 
 from .folding import fold
 from .graph import named_tensors
@@ -33,19 +26,13 @@ from .modeling_camphive import Shortcut, resize, widths_of
 from .operations import Operation, network_operations
 from .plan import Branch, ChannelGroup
 from .planning import Part, axis_widths, stream_width
-from .report import environment
+from .timing import LatencyTable, Prepare
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
-SCHEMA = 2
 ALIGNED = 8
 MOST_POINTS = {1: 16, 2: 8}  # of the grid along each axis, by number of axes
-CALLS, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
 ALIKE = 0.02  # singular values below this share of the largest count as zero
-CHUNK = 512  # entries that take turns, and are then kept
-
-Prepare = Callable[[], Callable[[], object]]  # makes the inputs, returns what is to be timed
-Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
 
 
 # The grid
@@ -133,92 +120,6 @@ def _thinned(counts: Sequence[int], most: int) -> list[int]:
         return list(counts)
     picked = {round((len(counts) - 1) * (i / (most - 1)) ** 1.5) for i in range(most)}
     return [counts[i] for i in sorted(picked)]
-
-
-# The table
-
-
-class LatencyTable:
-    """Milliseconds by key, timed once and kept in `folder` (by default where Hugging Face libraries keep theirs).
-
-    One file for each device, number of threads and version of torch. A file that cannot be read is started afresh.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None, timer: Timer | None = None):
-        self.device, self.timer = torch.device(device), timer or typical_times
-        about = environment(self.device)
-        self.about = {key: about[key] for key in ("device", "threads", "torch")}
-        digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:16]
-        self.path = (folder or Path(constants.HF_HOME, "camphive")) / f"latency-{digest}.json"
-        self.ms = self._load()
-
-    def measure(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
-        """Time those that are not in the table, and keep them."""
-        missing = [key for key in works if key not in self.ms]
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            self.ms |= self.timer({key: works[key] for key in chunk}, self.device, progress)
-            self._save()
-
-    def _load(self) -> dict[str, float]:
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            if values["schema"] == SCHEMA:
-                return {str(key): float(ms) for key, ms in values["ms"].items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("The latency table in %s is damaged (%s) and is measured again", self.path, error)
-        return {}
-
-    def _save(self) -> None:
-        """Write the whole file beside the old one and put it in its place; a run at the same time loses nothing."""
-        self.ms = self._load() | self.ms
-        text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self.ms}, indent=0)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            logger.warning("The latency table could not be kept in %s: %s", self.path, error)
-
-
-def typical_times(works: Mapping[str, Prepare], device: torch.device, progress: bool = False) -> dict[str, float]:
-    """Milliseconds of each work, the median over rounds in which all take turns, so that other load slows all alike.
-
-    Not the least: a short work has more chances of a lucky moment than a long one, and narrow networks would look too fast.
-    """
-    times: dict[str, list[float]] = {key: [] for key in works}
-
-    def take_turns() -> None:
-        for key, prepare in works.items():
-            run = prepare()
-            _milliseconds(run, device)
-            times[key] += [_milliseconds(run, device) for _ in range(CALLS)]
-            bar.update()
-
-    began = time.perf_counter()
-    with torch.no_grad(), tqdm(desc="Time layers", total=LEAST_ROUNDS * len(works), disable=not progress) as bar:
-        take_turns()
-        rounds = min(max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - began))), MOST_ROUNDS)
-        bar.total = rounds * len(works)
-        for _ in range(rounds - 1):
-            take_turns()
-    return {key: median(found) for key, found in times.items()}
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one call; on an accelerator of one in a row of calls, since they overlap there."""
-    calls = 1 if device.type == "cpu" else 10
-    if calls > 1:
-        torch.accelerator.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    if calls > 1:
-        torch.accelerator.synchronize(device)
-    return 1000 * (time.perf_counter() - began) / calls
 
 
 # The network

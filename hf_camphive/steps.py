@@ -26,7 +26,7 @@ from .evaluation import recalibrate_batchnorm
 from .evidence import Evidence, Memory, Scores
 from .graph import named_tensors
 from .implants import with_implants
-from .latency import LatencyTable, latency_parts
+from .latency import latency_parts
 from .launch import make_accelerator
 from .merging import MERGE_RULES, merge, with_pairs
 from .models import BaseModel, as_base
@@ -35,6 +35,7 @@ from .planning import Budgeted, Part, make_plan
 from .polish import Polished, polish
 from .precision import polish_precision
 from .surgery import apply_plan, check_groups
+from .timing import LatencyTable
 from .tracing import Trace, trace_network
 from .weight_pruning import zero_share, zero_weights
 

@@ -23,7 +23,7 @@ FLOORS = {
             "criteria",
         ),
         *("reconstruction", "merging"),
-        *("folding", "operations", "footprint", "report", "latency", "results", "plots", "card", "metrics"),
+        *("folding", "operations", "footprint", "report", "timing", "latency", "results", "plots", "card", "metrics"),
     ],
     3: [
         *("splits", "sources", "data", "models", "launch", "precision", "evaluation"),
@@ -36,7 +36,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # Within a floor, the order in which modules may build on each other: a module imports only from those before it.
 WITHIN = {module: i for modules in FLOORS.values() for i, module in enumerate(modules)}
 PRINTS = {"cli"}
-WRITES = {"config", "hub", "resume", "cli", "comparison", "checkpoints", "latency"}  # and caches of timings
+WRITES = {"config", "hub", "resume", "cli", "comparison", "checkpoints", "timing"}  # and caches of timings
 DRAWS = {"plots"}  # figures into a folder that it is given
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 

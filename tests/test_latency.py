@@ -13,17 +13,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Block, Chain, ToyResNet, images, randomise, relative_error
 
-from hf_camphive import latency
+from hf_camphive import timing
 from hf_camphive.branches import droppable_branches
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.folding import Floor, fold, fold_batchnorm
 from hf_camphive.graph import named_tensors
-from hf_camphive.latency import Axis, Grid, LatencyTable, fit, latency_parts, typical_times
+from hf_camphive.latency import Axis, Grid, fit, latency_parts
 from hf_camphive.limits import floors
 from hf_camphive.modeling_camphive import Shortcut
 from hf_camphive.operations import network_operations
 from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.surgery import apply_plan
+from hf_camphive.timing import LatencyTable, typical_times
 from hf_camphive.tracing import Trace, trace_network
 
 SCALE, OVERHEAD = 3.0, 0.05  # what running in a row takes, in this timer's world
@@ -255,14 +256,14 @@ def test_every_device_and_number_of_threads_has_a_table(tmp_path, monkeypatch):
     one = LatencyTable(folder=tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert LatencyTable(folder=tmp_path).path != one.path
-    assert LatencyTable().path.parent == Path(latency.constants.HF_HOME, "camphive")
+    assert LatencyTable().path.parent == Path(timing.constants.HF_HOME, "camphive")
 
 
 def test_the_median_counts_and_works_take_turns(monkeypatch):
     turns = []
-    monkeypatch.setattr(latency, "_milliseconds", lambda run, device: run())
-    monkeypatch.setattr(latency, "CALLS", 2)
-    monkeypatch.setattr(latency, "MOST_ROUNDS", 7)
+    monkeypatch.setattr(timing, "_milliseconds", lambda run, device: run())
+    monkeypatch.setattr(timing, "CALLS", 2)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 7)
 
     def work(name, *a_round):
         times = iter(a_round * 7)
