@@ -37,7 +37,7 @@ PEERS = [f"tp-{name}{scope}" for scope in ("", "-all") for name in ("magnitude",
 def reach(network: Network) -> tuple[Cell, ...]:
     """Our default, `merge-joint` and `fisher`, and torch-pruning with BatchNorm recalibrated and with our reconstruction given to its plan."""
     images = {"calibration_sizes": [network.calibration_size]}
-    ours = grid([DEFAULT.criterion, "merge-joint", "fisher"], [DEFAULT.merge, "none"], network.ratios, **images)
+    ours = grid([DEFAULT.scored_by, "merge-joint", "fisher"], [DEFAULT.merge, "none"], network.ratios, **images)
     return (*ours, *grid(PEERS, ["none", DEFAULT.merge], network.ratios, **images))
 
 
@@ -47,7 +47,7 @@ def ablation(network: Network) -> tuple[Cell, ...]:
         return ()
     ratio, size = [network.ablated_at], network.calibration_size
     rules = grid(CRITERIA, MERGE_RULES, ratio, calibration_sizes=[size])
-    default = [DEFAULT.criterion], [DEFAULT.merge]
+    default = [DEFAULT.scored_by], [DEFAULT.merge]
     return (*rules, *grid(*default, ratio, cycles=[1, 2, 4], calibration_sizes=[size // 4, size, 4 * size]))
 
 
@@ -128,8 +128,8 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
         usual = [summary for summary in usual if summary.cell.method in CRITERIA]
         yield f"Criterion x merge rule at {network.ablated_at:g}x, {network.calibration_size:,} images, one cycle:\n"
         yield matrix(usual, "method", "merge")
-        default = [s for s in at if (s.cell.method, s.cell.merge) == (DEFAULT.criterion, DEFAULT.merge)]
-        yield f"Cycles x calibration images of `{DEFAULT.criterion}` with `{DEFAULT.merge}` at the same ratio:\n"
+        default = [s for s in at if (s.cell.method, s.cell.merge) == (DEFAULT.scored_by, DEFAULT.merge)]
+        yield f"Cycles x calibration images of `{DEFAULT.scored_by}` with `{DEFAULT.merge}` at the same ratio:\n"
         yield matrix(default, "cycles", "calibration_size")
     yield f"[Every stage, seconds and parameters]({where}/{TABLE})\n"
 

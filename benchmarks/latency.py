@@ -57,7 +57,7 @@ class Job:
 
 
 FEWER = (1.5, 2.1, 2.6, 4.2)
-LATENCY = {"latency_folded": True, "criterion": "merge-joint"}
+LATENCY = {"latency_folded": True}
 JOBS = [
     Job("dense"),
     *(Job(f"macs {fewer}x", {"target_macs": 1 / fewer}) for fewer in FEWER),
@@ -146,7 +146,7 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     elif job.options:
         config = CampHiVeConfig(num_train_epochs=0, polish_steps=0, **job.options)
         pruner = CampHiVePruner(base, config)
-        calibration, scores, seconds_to_score = scored(data, config.criterion)
+        calibration, scores, seconds_to_score = scored(data, config.scored_by)
         plan = pruner.plan(calibration, scores=scores)
         net = pruner.apply(plan, calibration)
         pruner.seconds["score"] = seconds_to_score

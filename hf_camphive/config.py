@@ -5,7 +5,7 @@ Pure data: imports nothing but the standard library and the error types. The com
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -47,6 +47,7 @@ class CampHiVeConfig:
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: Literal[
+        "auto",
         "merge-aware",
         "merge-joint",
         "fisher",
@@ -60,8 +61,8 @@ class CampHiVeConfig:
         "bn-scale",
         "random",
     ] = _option(
-        "merge-aware",
-        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves and measures best; `merge-joint` adds terms between layers, for `target_latency`.",
+        "auto",
+        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves, `merge-joint` with the terms between layers; `auto` is the latter with `target_latency`, else the former, which measures best.",
     )
     merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
@@ -152,8 +153,8 @@ class CampHiVeConfig:
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
         _require(
             self.calibration_size >= 16
-            or (self.criterion in ("magnitude", "bn-scale", "random") and self.merge in ("none", "cyclic")),
-            f"calibration_size is {self.calibration_size}: criterion {self.criterion!r} with merge {self.merge!r} "
+            or (self.scored_by in ("magnitude", "bn-scale", "random") and self.merge in ("none", "cyclic")),
+            f"calibration_size is {self.calibration_size}: criterion {self.scored_by!r} with merge {self.merge!r} "
             "needs at least 16 images; raise it, or use magnitude, bn-scale or random with none or cyclic",
         )
 
@@ -176,6 +177,13 @@ class CampHiVeConfig:
         """What is to be met, by cost ("macs", "params", "latency"): as given, or half the MACs where nothing is."""
         given = {"macs": self.target_macs, "params": self.target_params, "latency": self.target_latency}
         return {cost: target for cost, target in given.items() if target is not None} or {"macs": 0.5}
+
+    @property
+    def scored_by(self) -> str:
+        """The criterion that scores: `criterion`, or what measures best for the budget."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "merge-aware" if self.target_latency is None else "merge-joint"
 
     @property
     def width_step(self) -> int:
@@ -212,6 +220,10 @@ class CampHiVeConfig:
                 pattern = ""
             _require(pattern != "", f"layer_max_ratio has {item!r}; write PATTERN=SHARE, such as 'layer1.*=0.3'")
         return ratios
+
+    def as_run(self) -> dict[str, Any]:
+        """What a report says of the run: the settings, with the criterion that scored."""
+        return asdict(replace(self, criterion=self.scored_by))
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -342,8 +354,8 @@ def _check_granularity(config: CampHiVeConfig) -> None:
         )
         return
     _require(
-        config.criterion == "hive-paper" and config.merge in ("cyclic", "none"),
-        f"granularity 'weight' knows criterion 'hive-paper' with merge 'cyclic' or 'none', not {config.criterion!r} with "
+        config.scored_by == "hive-paper" and config.merge in ("cyclic", "none"),
+        f"granularity 'weight' knows criterion 'hive-paper' with merge 'cyclic' or 'none', not {config.scored_by!r} with "
         f"{config.merge!r}; start from preset camphive-paper-weights, or set granularity to channel",
     )
     for name in _CUTTING:

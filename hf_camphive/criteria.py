@@ -27,6 +27,7 @@ SUMS, LEAST_SUMS = (
     2**23,
     32,
 )  # products are summed over images, random signs and all, so that a group holds so many numbers
+SUMS_TOGETHER = 2**28  # and all groups that are looked at together so many
 EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
 
 
@@ -69,7 +70,8 @@ def merge_joint(evidence: Evidence) -> Scores:
     """
     gates = evidence.gates
     names = mergeable(evidence.trace, gates)
-    products, seconds, removal = _merge_sums(evidence, names, "Score (merge-joint)", alike=True)
+    costs = channel_costs(evidence)
+    products, seconds, removal = _merge_sums(evidence, names, "Score (merge-joint)", together=frozenset(costs))
     descents = {}
     for name in sorted(gates.slices):
         if name in names:
@@ -78,26 +80,27 @@ def merge_joint(evidence: Evidence) -> Scores:
         else:
             moves = removal[:, gates.slices[name]].T / evidence.total**0.5
             descents[name] = moves.square().sum(1).argsort(stable=True), moves
-    costs = channel_costs(evidence)
     inside = {name: descent for name, descent in descents.items() if name in costs}
     alone = {name: 0.5 * moves.square().sum(1) for name, (_, moves) in descents.items()}
     return alone | joint_losses(inside, costs)
 
 
 def _merge_sums(
-    evidence: Evidence, names: frozenset[str], description: str, alike: bool = False
+    evidence: Evidence, names: frozenset[str], description: str, together: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """M and S of these groups (`consumer_products`), this process's share, and the gate gradients [R, S] of all processes.
 
-    All are sums of images n with the same n mod R; `alike` gives all groups the same R. There are gate gradients where some
-    group is not among these, else R = 0.
+    All are sums of images n with the same n mod R. R is as large as memory allows for each group, and the same for those that
+    are looked at `together` and for the gate gradients; R = 0 for these where no group needs them.
     """
     gates, signs = evidence.gates, evidence.signs()
     sizes = {name: where.stop - where.start for name, where in gates.slices.items() if name in names}
     rows = {name: min(evidence.total, max(LEAST_SUMS, SUMS // size**2)) for name, size in sizes.items()}
-    if alike:
-        rows = dict.fromkeys(rows, min(rows.values(), default=0))
-    others = min(rows.values()) if alike and rows else evidence.total
+    others = evidence.total
+    if together & names:
+        others = max(LEAST_SUMS, SUMS_TOGETHER // sum(sizes[name] ** 2 for name in together & names))
+        others = min(evidence.total, others)
+        rows |= dict.fromkeys(together & names, others)
     others *= len(names) < len(gates.slices)
     products: dict[str, Tensor] = {}
     seconds: dict[str, Tensor] = {}

@@ -165,7 +165,7 @@ def make_plan(
         branches=network.branches,
         cuts=tuple(removal.cuts()),
         dropped=tuple(removal.dropped),
-        criterion=config.criterion,
+        criterion=config.scored_by,
         merge=config.merge,
         macs_before=network.macs,
         macs_after=int(removal.totals["macs"]),

@@ -8,7 +8,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -212,7 +212,7 @@ class CampHiVePruner(PruningSteps):
                 Stage(name, costs["dense" if name == "dense" else "pruned"], accuracy)
                 for name, accuracy in stages.items()
             ),
-            config=asdict(self.config),
+            config=self.config.as_run(),
             command=command,
             head_replaced=self._head_replaced,
             groups=_group_rows(self.plans, self._out_of_scope()) if self.plans else (),

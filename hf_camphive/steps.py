@@ -108,7 +108,7 @@ class PruningSteps:
         state = named_tensors(self.net)
         network = self._budgeted(trace, state)
         if not self.config.cuts_channels:
-            kind = (self.config.criterion, self.config.merge)
+            kind = (self.config.scored_by, self.config.merge)
             return PrunePlan(network.groups, network.branches, (), (), *kind, network.macs, network.macs)
         targets = next_targets(network, self.plans, self.config)
         if not self.plans:
@@ -117,7 +117,7 @@ class PruningSteps:
             self.scores = (
                 scores
                 if scores is not None
-                else CRITERIA[self.config.criterion](self._evidence(trace, calibration, memory))
+                else CRITERIA[self.config.scored_by](self._evidence(trace, calibration, memory))
             )
         with self._timed("plan"):
             return with_pairs(self._planned(network, targets, trace), self.scores)

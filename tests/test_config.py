@@ -29,6 +29,20 @@ def test_every_field_is_checked_by_its_type():
     assert all(f.metadata["help"] for f in fields(CampHiVeConfig))
 
 
+@pytest.mark.parametrize(
+    ("settings", "criterion"),
+    [
+        ({}, "merge-aware"),
+        ({"target_latency": 0.5}, "merge-joint"),
+        ({"target_latency": 0.5, "target_macs": 0.4}, "merge-joint"),
+        ({"target_latency": 0.5, "criterion": "merge-aware"}, "merge-aware"),
+        ({"criterion": "hive"}, "hive"),
+    ],
+)
+def test_the_usual_criterion_suits_the_budget(settings, criterion):
+    assert CampHiVeConfig(**settings).scored_by == criterion
+
+
 @pytest.mark.parametrize("name", OPTIONAL_WHOLE)
 @pytest.mark.parametrize("value", [True, 1.5, "3"], ids=repr)
 def test_optional_whole_numbers(name, value):
