@@ -27,7 +27,10 @@ SUMS, LEAST_SUMS = (
     2**23,
     32,
 )  # products are summed over images, random signs and all, so that a group holds so many numbers
-SUMS_TOGETHER = 2**28  # and all groups that are looked at together so many
+SUMS_TOGETHER, SUMS_OF_GATES = (
+    2**28,
+    2**25,
+)  # and all groups that are looked at together so many, and all gate gradients
 EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
 
 
@@ -95,16 +98,19 @@ def _merge_sums(
     """
     gates, signs = evidence.gates, evidence.signs()
     sizes = {name: where.stop - where.start for name, where in gates.slices.items() if name in names}
-    rows = {name: min(evidence.total, max(LEAST_SUMS, SUMS // size**2)) for name, size in sizes.items()}
-    others = evidence.total
+
+    def fitting(numbers: int, each: int) -> int:
+        return min(evidence.total, max(LEAST_SUMS, numbers // each))
+
+    rows = {name: fitting(SUMS, size**2) for name, size in sizes.items()}
+    of_gates = fitting(SUMS_OF_GATES, gates.size)
     if together & names:
-        others = max(LEAST_SUMS, SUMS_TOGETHER // sum(sizes[name] ** 2 for name in together & names))
-        others = min(evidence.total, others)
-        rows |= dict.fromkeys(together & names, others)
-    others *= len(names) < len(gates.slices)
+        of_gates = min(of_gates, fitting(SUMS_TOGETHER, sum(sizes[name] ** 2 for name in together & names)))
+        rows |= dict.fromkeys(together & names, of_gates)
+    of_gates *= len(names) < len(gates.slices)
     products: dict[str, Tensor] = {}
     seconds: dict[str, Tensor] = {}
-    removal = torch.zeros(others, gates.size, dtype=torch.float64)
+    removal = torch.zeros(of_gates, gates.size, dtype=torch.float64)
     for batch, _, numbers in evidence.batches(description):
         some = max(1, PIXELS // (batch.shape[-1] * batch.shape[-2]))
         for images, indices in zip(batch.split(some), numbers.split(some)):
@@ -116,9 +122,9 @@ def _merge_sums(
                     seconds[name] = torch.zeros_like(s, dtype=torch.float64)
                 products[name].index_add_(0, indices.to(m.device) % rows[name], m)
                 seconds[name] += s
-            if others:
+            if of_gates:
                 gradients = gate_gradients(evidence.trace, evidence.state, gates, images, cotangent)
-                removal.index_add_(0, indices.cpu() % others, gradients.double().cpu())
+                removal.index_add_(0, indices.cpu() % of_gates, gradients.double().cpu())
     return products, seconds, evidence.reduce(removal)
 
 

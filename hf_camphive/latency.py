@@ -153,13 +153,13 @@ def latency_parts(
         for point in grid.points():
             key, args = op.at(point, dtype)
             works[key] = _prepare_operation(op.target, args, table.device, dtype)
-    samples = _samples(sizes, floor, branches, step)
-    names = {}
-    for sample, (kept, dropped) in samples.items():
-        small = _sampled(net, trace.groups, branches, shapes, kept, dropped)
+    samples = []
+    for sample in _samples(sizes, floor, branches, step):
+        small = _sampled(net, trace.groups, branches, shapes, sample)
         if small is not None:
-            names[sample] = _network_key(operations, kept, dropped, batch, folded, dtype)
-            works[names[sample]] = _prepare_network(small, trace.input_size, batch, folded, table.device)
+            key = _network_key(operations, sample, batch, folded, dtype)
+            works[key] = _prepare_network(small, trace.input_size, batch, folded, table.device)
+            samples.append((sample, key))
     table.measure(works, progress)
 
     def alone(op: Operation, grid: Grid) -> Callable[..., float]:
@@ -167,13 +167,11 @@ def latency_parts(
         return cache(lambda *found: grid.interpolate(found, at))
 
     times = [alone(op, grid) for op, grid in zip(operations, grids)]
-    totals, measured = [], []
-    for sample, name in names.items():
-        kept, dropped = samples[sample]
-        left = [(op, t) for op, t in zip(operations, times) if op.branch not in dropped]
-        totals.append((sum(t(*(width.at(kept) for width in op.widths)) for op, t in left), len(left)))
-        measured.append(table.ms[name])
-    scale, overhead = fit(totals, measured)
+    sums = [
+        [time(*op.sizes_at(sample.kept)) for op, time in zip(operations, times) if op.branch not in sample.dropped]
+        for sample, _ in samples
+    ]
+    scale, overhead = fit([(sum(found), len(found)) for found in sums], [table.ms[key] for _, key in samples])
     logger.debug("Latency: %.3f times the sum of the operations, and %.4f ms for each", scale, overhead)
     return tuple(
         Part(op.widths, lambda *found, time=time: scale * time(*found) + overhead, op.branch)
@@ -196,10 +194,18 @@ def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple
     return float(shares[:, 0].sum() / shares[:, 0].square().sum()), 0.0
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A network that is timed as a whole: the channels left of each group, and the residual branches that are dropped."""
+
+    kept: Mapping[str, int]
+    dropped: frozenset[str] = frozenset()
+
+
 def _samples(
     sizes: Mapping[str, int], floor: Mapping[str, int], branches: Sequence[Branch], step: int
-) -> dict[str, tuple[dict[str, int], frozenset[str]]]:
-    """What is left of each group, and which branches are dropped, in the networks that are timed as a whole."""
+) -> tuple[Sample, ...]:
+    """The full network, a half in width and depth, a quarter and a third, and the narrowest."""
 
     def cut(share: float) -> dict[str, int]:
         counts = {name: -(-int(share * size) // step) * step for name, size in sizes.items()}
@@ -209,24 +215,13 @@ def _samples(
         }
 
     modules = [branch.module for branch in branches]
-    return {
-        "full": (dict(sizes), frozenset()),
-        "half": (cut(0.5), frozenset(modules[::2])),
-        "quarter": (cut(0.25), frozenset(module for i, module in enumerate(modules) if i % 3)),
-        "narrow": (cut(0), frozenset()),
-    }
+    two_thirds = frozenset(module for i, module in enumerate(modules) if i % 3)
+    half = Sample(cut(0.5), frozenset(modules[::2]))
+    return Sample(dict(sizes)), half, Sample(cut(0.25), two_thirds), Sample(cut(0))
 
 
-def _network_key(
-    operations: Sequence[Operation],
-    kept: Mapping[str, int],
-    dropped: frozenset[str],
-    batch: int,
-    folded: bool,
-    dtype: torch.dtype,
-) -> str:
-    left = [op for op in operations if op.branch not in dropped]
-    keys = [op.at([width.at(kept) for width in op.widths], dtype)[0] for op in left]
+def _network_key(operations: Sequence[Operation], sample: Sample, batch: int, folded: bool, dtype: torch.dtype) -> str:
+    keys = [op.at(op.sizes_at(sample.kept), dtype)[0] for op in operations if op.branch not in sample.dropped]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
     return f"network {digest} batch {batch}{' folded' if folded else ''}"
 
@@ -267,23 +262,23 @@ def _sampled(
     groups: Iterable[ChannelGroup],
     branches: Iterable[Branch],
     shapes: Mapping[str, Sequence[int]],
-    kept: Mapping[str, int],
-    dropped: frozenset[str],
+    sample: Sample,
 ) -> nn.Module | None:
-    """A copy with `kept` channels of each group, whichever, without some branches; None where its code does not allow that."""
+    """A copy as narrow and shallow as the sample, whichever channels; None where the network's own code does not allow that."""
     widths = axis_widths(groups, shapes)
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
         tensor = next(key for key in (f"{name}.weight", f"{name}.constant", f"{name}.running_mean") if key in shapes)
         sized[name] = [
-            widths[tensor, axis].at(kept) if (tensor, axis) in widths else size for axis, size in enumerate(shape)
+            widths[tensor, axis].at(sample.kept) if (tensor, axis) in widths else size
+            for axis, size in enumerate(shape)
         ]
     try:
         resize(small, sized, {})
         for branch in branches:
-            if branch.module in dropped:
-                block, channels = small.get_submodule(branch.module), stream_width(branch, widths).at(kept)
+            if branch.module in sample.dropped:
+                block, channels = small.get_submodule(branch.module), stream_width(branch, widths).at(sample.kept)
                 small.set_submodule(branch.module, Shortcut(block, branch.shortcut, branch.after, channels))
     except (ValueError, RuntimeError) as error:
         logger.debug("The network cannot be made as narrow as it may get: %s", error)

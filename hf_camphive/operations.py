@@ -43,6 +43,10 @@ class Operation:
         """The different widths that its time depends on."""
         return tuple(dict.fromkeys(_widths(self.args)))
 
+    def sizes_at(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        """Those widths where `kept` channels of each group are left."""
+        return tuple(width.at(kept) for width in self.widths)
+
     def at(self, sizes: Sequence[int], dtype: torch.dtype) -> tuple[str, tuple[Any, ...]]:
         """Its name in the table and its arguments, tensors as lists of sizes, where its widths have these sizes."""
         args = _concrete(self.args, dict(zip(self.widths, sizes)))
