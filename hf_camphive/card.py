@@ -37,7 +37,7 @@ _CAPTIONS = {  # in the order of the card
 }
 _CRITERIA = {
     "merge-aware": "what moves the logits when each channel is replaced by its best prediction from those that stay",
-    "merge-joint": "the same, greedily, with the terms between layers",
+    "merge-joint": "what replacing each channel by its best prediction adds to the error of the logits so far, in any layer",
     "fisher": "the Fisher information of a gate on each channel (mean squared gradient / 2)",
     "hive": f"the curvature of the loss along its leading eigenvectors, found by power iteration, after {PAPER}",
     "hive-paper": f"the entries of the dominant eigenvector of the loss's curvature at their filters, after {PAPER}",
