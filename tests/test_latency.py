@@ -107,9 +107,10 @@ def test_the_prediction_adds_up(table):
     assert half - predicted(parts, sizes | {"conv1": 4, "conv2": 3}) == pytest.approx(3 * 0.8)
 
 
+@pytest.mark.parametrize("act", [nn.SiLU, nn.ReLU])  # what a dropped block leaves folds into ReLUs only
 @pytest.mark.parametrize("folded", [False, True])
-def test_the_prediction_is_that_of_the_network_that_is_cut(table, folded):
-    net = randomise(ToyResNet())
+def test_the_prediction_is_that_of_the_network_that_is_cut(table, folded, act):
+    net = randomise(ToyResNet(act))
     parts, sizes = parts_of(net, table, folded=folded)
     trace = trace_network(net, (3, 8, 8))
     branches = droppable_branches(trace)
@@ -301,9 +302,11 @@ def dropped(net: nn.Module, modules: tuple[str, ...]) -> nn.Module:
 class ThreeBlocks(nn.Module):
     """A stem and three blocks that all keep their width: any of them can be dropped."""
 
-    def __init__(self, act: type[nn.Module] = nn.ReLU, read_twice: bool = False) -> None:
+    def __init__(
+        self, act: type[nn.Module] = nn.ReLU, first: type[nn.Module] = nn.ReLU, read_twice: bool = False
+    ) -> None:
         super().__init__()
-        self.stem, self.bn, self.act = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act()
+        self.stem, self.bn, self.act = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), first()
         self.blocks = nn.Sequential(*(Block(6, 5, 6, act) for _ in range(3)))
         self.head, self.read_twice = nn.Linear(6, 3), read_twice
 
@@ -341,7 +344,11 @@ def test_constants_that_are_not_positive_leave_the_relu():
     assert relative_error(folded(images(4)), net(images(4))) < 1e-12
 
 
-@pytest.mark.parametrize("net", [ThreeBlocks(nn.SiLU), ThreeBlocks(read_twice=True)], ids=["SiLU", "read twice"])
+@pytest.mark.parametrize(
+    "net",
+    [ThreeBlocks(nn.SiLU, nn.SiLU), ThreeBlocks(nn.SiLU), ThreeBlocks(first=nn.SiLU), ThreeBlocks(read_twice=True)],
+    ids=["SiLU", "SiLU after it", "SiLU before it", "read twice"],
+)
 def test_constants_that_cannot_go_elsewhere_stay(net):
     small = dropped(randomise(net), ("blocks.0",))
     folded = fold(small, (3, 8, 8))

@@ -5,6 +5,7 @@ import torch
 from test_criteria import evidence
 from toys import Chain, images, randomise
 
+from hf_camphive import criteria
 from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE
 from hf_camphive.curvature import curvature_cotangent
 from hf_camphive.gates import gate_space
@@ -135,6 +136,15 @@ def test_merges_are_judged_together():
         highest = max(highest, (after - loss) / costs[name])
         assert price == pytest.approx(highest, rel=1e-6)
         loss = after
+
+
+def test_groups_that_are_judged_together_sum_the_same_images(monkeypatch):
+    """As many sums as memory allows for all of them, though each alone could have more."""
+    monkeypatch.setattr(criteria, "LEAST_SUMS", 1)
+    monkeypatch.setattr(criteria, "SUMS", 150)
+    monkeypatch.setattr(criteria, "SUMS_TOGETHER", 500)
+    scores = CRITERIA["merge-joint"](evidence(scope="all"))
+    assert all(values.isfinite().all() and (values > 0).all() for values in scores.values())
 
 
 def cotangent_of(signs):
