@@ -17,7 +17,7 @@ def faults():
     torch.ones(2**24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(), faults()
-print(faults())
+print(min(faults() for _ in range(5)))  # a small block may lie in the way once
 """
 
 

@@ -63,7 +63,7 @@ PLAN = PrunePlan((ChannelGroup("conv1", 16, ()),), (), (), (), "fisher", "recons
 REPORT = PruneReport(
     **{"model_id": "cifar_resnet20", "revision": None, "architecture": "cifar_resnet20", "license": None},
     **{"dataset_id": "digits", "dataset_revision": None, "splits": {"test": "test"}, "rows": {"test": 300}},
-    **{"input_size": (3, 32, 32), "config": CampHiVeConfig().to_dict(), "command": "camphive"},
+    **{"input_size": (3, 32, 32), "config": CampHiVeConfig().as_run(), "command": "camphive"},
     stages=(Stage("dense", footprint(NET, (3, 32, 32)), None), Stage("pruned", footprint(NET, (3, 32, 32)), None)),
 )
 

@@ -97,7 +97,7 @@ def test_the_report_is_true(finetuned):
         assert row.kept == (0 if shape is None else len(shape)), row
     spared = {row.name for row in report.groups if not row.in_scope}
     assert "conv1" in spared and not spared & {cut.group for cut in plan.cuts}
-    assert report.command == "camphive prune" and report.config == json.loads(json.dumps(vars(job.config)))
+    assert report.command == "camphive prune" and report.config == json.loads(json.dumps(job.config.as_run()))
 
 
 def test_the_saved_network_is_the_one_in_memory(finetuned):
