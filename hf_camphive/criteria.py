@@ -23,14 +23,10 @@ from .spectrum import lanczos, power_iteration
 logger = logging.getLogger(__name__)
 SCORE_TEMPERATURE = 4.0
 PIXELS = 2**19  # of images whose gradients are taken at once
-SUMS, LEAST_SUMS = (
-    2**23,
-    32,
-)  # products are summed over images, random signs and all, so that a group holds so many numbers
-SUMS_TOGETHER, SUMS_OF_GATES = (
-    2**28,
-    2**25,
-)  # and all groups that are looked at together so many, and all gate gradients
+# Products are summed over images, random signs and all, so that a group holds so many numbers (but sums so many at least),
+# all groups that are looked at together so many, and all gate gradients so many.
+SUMS, LEAST_SUMS = 2**23, 32
+SUMS_TOGETHER, SUMS_OF_GATES = 2**28, 2**25
 EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
 
 

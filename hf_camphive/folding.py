@@ -95,13 +95,15 @@ class Host:
     gone: tuple[fx.Node, ...]
 
 
-def shortcut_hosts(graph: Graph, adds: Mapping[str, tuple[fx.Node, fx.Node]]) -> dict[str, Host]:
+def shortcut_hosts(
+    graph: Graph, adds: Mapping[str, tuple[fx.Node, fx.Node]], norms: Mapping[fx.Node, fx.Node]
+) -> dict[str, Host]:
     """{module: host} of dropped blocks whose constant a convolution can take, given as {module: (add, its shortcut)}.
 
     The shortcut must be the block's very input, nothing else may read what the constant goes into, and only a ReLU may follow
-    the block's add.
+    the block's add. `norms` are those that will be folded first (`foldable`); any other between keeps a constant out.
     """
-    norms, hosts, host_of = foldable(graph), {}, {}
+    hosts, host_of = {}, {}
     for module, (add, value) in adds.items():
         gone = _left_of_block(module, add)
         inside = module in modules_of(value)
@@ -141,7 +143,7 @@ def _host_before(value: fx.Node, norms: Mapping[fx.Node, fx.Node]) -> tuple[fx.N
 
 @torch.no_grad()
 def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Fold the constants c of dropped blocks into the convolutions before them, in place.
+    """Fold the constants c of dropped blocks into the convolutions before them, in place, once BatchNorm is folded.
 
     relu(max(u, b) + c) = max(u + c, max(b + c, 0)): with u the convolution's output (and what is added to it) and b = 0 at
     first, any number of dropped blocks in a row come to a bias and one maximum. A `Shortcut` elsewhere stays as it is.
@@ -154,7 +156,7 @@ def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
     }
     runs = Counter(module_of(node) for node in graph.operations)
     floors: dict[str, Tensor] = {}
-    for module, host in shortcut_hosts(graph, adds).items():
+    for module, host in shortcut_hosts(graph, adds, norms={}).items():
         conv_name, relu_name = (node and module_of(node) for node in (host.conv, host.relu))
         is_plain = isinstance(net.get_submodule(conv_name), nn.Conv2d) and runs[conv_name] == 1
         if not is_plain or (

@@ -81,7 +81,7 @@ def network_operations(
     norms = foldable(graph) if folded else {}
     widths = axis_widths(trace.groups, shapes)
     sizes = {group.name: group.size for group in trace.groups}
-    inside = operations_inside(graph, branches) | (_emptied_blocks(graph, branches) if folded else {})
+    inside = operations_inside(graph, branches) | (_emptied_blocks(graph, branches, norms) if folded else {})
     dims: dict[fx.Node, tuple[Dim, ...]] = {graph.image: (batch, *trace.input_size)}
     for node, name in graph.tensors.items():
         dims[node] = tuple(widths.get((name, axis), size) for axis, size in enumerate(shapes[name]))
@@ -100,7 +100,7 @@ def network_operations(
     return tuple(found)
 
 
-def _emptied_blocks(graph: Graph, branches: Iterable[Branch]) -> dict[str, str]:
+def _emptied_blocks(graph: Graph, branches: Iterable[Branch], norms: Mapping[fx.Node, fx.Node]) -> dict[str, str]:
     """{operation: module} of those outside a branch that go with it all the same when the network is folded, by name."""
     nodes = {node.name: node for node in graph.operations}
     adds = {}
@@ -108,7 +108,7 @@ def _emptied_blocks(graph: Graph, branches: Iterable[Branch]) -> dict[str, str]:
         shortcuts = [used for used in nodes[branch.add].all_input_nodes if used.name != branch.output]
         if len(shortcuts) == 1:
             adds[branch.module] = nodes[branch.add], shortcuts[0]
-    hosts = shortcut_hosts(graph, adds)
+    hosts = shortcut_hosts(graph, adds, norms)
     return {node.name: module for module, host in hosts.items() for node in host.gone}
 
 
