@@ -4,7 +4,8 @@
 
 The operations (with their kernel, stride, padding, groups, sizes, batch, dtype) are timed on a grid of widths and kept in a
 cache; between grid points times are interpolated. `scale` and `overhead` are what makes the sum right for a few whole
-networks, from the full one to a narrow and shallow one: what running in a row and Python add.
+networks, from the full one to a narrow and shallow one: what running in a row and Python add. These are timed in every run,
+since the machine may be faster or slower than on the day of the table.
 """
 
 import copy
@@ -140,7 +141,7 @@ def latency_parts(
     """The operations of `net` as parts whose costs are milliseconds for a batch of `batch` images, eval mode, channels_last.
 
     `floor` are the fewest channels of each group that may change (`limits.floors`), `step` is what widths are multiples of.
-    Measures what the table lacks.
+    Measures what the table lacks, and a few whole networks.
     """
     tensors = named_tensors(net)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -153,14 +154,16 @@ def latency_parts(
         for point in grid.points():
             key, args = op.at(point, dtype)
             works[key] = _prepare_operation(op.target, args, table.device, dtype)
-    samples = []
+    samples: list[tuple[Sample, str]] = []
+    networks: dict[str, Prepare] = {}
     for sample in _samples(sizes, floor, branches, step):
         small = _sampled(net, trace.groups, branches, shapes, sample)
         if small is not None:
             key = _network_key(operations, sample, batch, folded, dtype)
-            works[key] = _prepare_network(small, trace.input_size, batch, folded, table.device)
+            networks[key] = _prepare_network(small, trace.input_size, batch, folded, table.device)
             samples.append((sample, key))
     table.measure(works, progress)
+    table.measure(networks, progress, keep=False)
 
     def alone(op: Operation, grid: Grid) -> Callable[..., float]:
         at = cache(lambda point: table.ms[op.at(point, dtype)[0]])
@@ -269,7 +272,8 @@ def _sampled(
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
-        tensor = next(key for key in (f"{name}.weight", f"{name}.constant", f"{name}.running_mean") if key in shapes)
+        own = (name, f"{name}.weight", f"{name}.constant", f"{name}.running_mean")  # loose tensors have their own names
+        tensor = next(key for key in own if key in shapes)
         sized[name] = [
             widths[tensor, axis].at(sample.kept) if (tensor, axis) in widths else size
             for axis, size in enumerate(shape)

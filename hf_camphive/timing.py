@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .report import environment
 
 logger = logging.getLogger(__name__)
-SCHEMA = 2
+SCHEMA = 3
 CALLS, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
 CHUNK = 512  # entries that take turns, and are then kept
 
@@ -27,24 +27,28 @@ Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
 class LatencyTable:
     """Milliseconds by key, timed once and kept in `folder` (by default where Hugging Face libraries keep theirs).
 
-    One file for each device, number of threads and version of torch. A file that cannot be read is started afresh.
+    One file for each device, its vector instructions, number of threads and version of torch. A file that cannot be read is
+    started afresh.
     """
 
     def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None, timer: Timer | None = None):
         self.device, self.timer = torch.device(device), timer or typical_times
         about = environment(self.device)
         self.about = {key: about[key] for key in ("device", "threads", "torch")}
+        self.about["instructions"] = torch.backends.cpu.get_cpu_capability()  # other CPUs may bear the same name
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:16]
         self.path = (folder or Path(constants.HF_HOME, "camphive")) / f"latency-{digest}.json"
         self.ms = self._load()
 
-    def measure(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
-        """Time those that are not in the table, and keep them."""
+    def measure(self, works: Mapping[str, Prepare], progress: bool = False, keep: bool = True) -> None:
+        """Time those that are not in the table, and keep them; without `keep` as long as the table itself."""
         missing = [key for key in works if key not in self.ms]
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
-            self.ms |= self.timer({key: works[key] for key in chunk}, self.device, progress)
-            self._save()
+            found = self.timer({key: works[key] for key in chunk}, self.device, progress)
+            self.ms |= found
+            if keep:
+                self._save(found)
 
     def _load(self) -> dict[str, float]:
         try:
@@ -57,10 +61,9 @@ class LatencyTable:
             logger.warning("The latency table in %s is damaged (%s) and is measured again", self.path, error)
         return {}
 
-    def _save(self) -> None:
+    def _save(self, found: Mapping[str, float]) -> None:
         """Write the whole file beside the old one and put it in its place; a run at the same time loses nothing."""
-        self.ms = self._load() | self.ms
-        text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self.ms}, indent=0)
+        text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self._load() | found}, indent=0)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
