@@ -33,14 +33,19 @@ from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
 from hf_camphive.allocator import keep_freed_memory
+from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.calibration import Calibration
 from hf_camphive.criteria import Scores
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.folding import fold
 from hf_camphive.footprint import count_macs, count_parameters, measure_latency
+from hf_camphive.latency import latency_parts
 from hf_camphive.launch import make_accelerator
+from hf_camphive.limits import floors
 from hf_camphive.plan import Budget
 from hf_camphive.report import environment
+from hf_camphive.timing import LatencyTable
+from hf_camphive.tracing import trace_network
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 NETWORK, SIZE, BATCHES = "cifar_resnet56", (3, 32, 32), (1, 32)
@@ -121,7 +126,7 @@ def main() -> None:
             if engine != "onnxruntime" or (find_spec("onnxruntime") and find_spec("onnx")):
                 for name, found in timed(engine, nets, options.threads, options.seconds).items():
                     rows[name].setdefault("ms", {})[engine] = found
-                rows["dense"]["environment"] = environment()
+                rows["dense"] |= {"environment": environment(), "blocks": block_times(options.data)}
                 keep(results, rows)
     print(table(rows))
 
@@ -218,6 +223,24 @@ def timed(engine: str, nets: dict[str, nn.Module], threads: int, seconds: float)
     return {name: {str(batch): vars(latency) for batch, latency in row.items()} for name, row in found.items()}
 
 
+def block_times(data: Path) -> dict[str, dict[str, float]]:
+    """{block: {channels inside: ms}} of a residual block of each stage, folded, at batch 32, by the table that plans read."""
+    net = base_of(NETWORKS[NETWORK], data).net.eval()
+    trace = trace_network(net, SIZE)
+    branches = droppable_branches(trace)
+    floor = floors(trace.groups, branches, exterior_groups(trace), {}, CampHiVeConfig())
+    parts = latency_parts(net, trace, branches, floor, LatencyTable(), batch=32, folded=True, step=8)
+    sizes = {group.name: group.size for group in trace.groups}
+    times = {}
+    for branch in {branch.module.split(".")[0]: branch for branch in branches}.values():
+        (inside,) = branch.gates
+        times[branch.module] = {
+            str(kept): sum(part.at(sizes | {inside: kept}, ()) for part in parts if part.branch == branch.module)
+            for kept in range(8, sizes[inside] + 1, 8)
+        }
+    return times
+
+
 def timed_with_onnxruntime(nets: dict[str, nn.Module], threads: int, seconds: float) -> dict[str, dict]:
     """The same with ONNX Runtime, of the exported network with BatchNorm folded."""
     import onnxruntime
@@ -282,6 +305,13 @@ def table(rows: dict[str, dict]) -> str:
             *(times(rows, name, engine, str(batch)) for engine, batch in columns),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    blocks = rows["dense"].get("blocks", {})
+    if blocks:
+        lines += ["", "What a residual block takes, by its inner channels (torch folded, batch 32, predicted):", ""]
+    for block, found in blocks.items():
+        *_, (full, whole) = found.items()
+        shares = (f"{int(kept) / int(full):.0%} of the channels {ms / whole:.0%}" for kept, ms in found.items())
+        lines.append(f"- `{block}`, {whole:.2f} ms: {', '.join(shares)}")
     timed_on = ", ".join(f"{key} {value}" for key, value in rows["dense"].get("environment", {}).items())
     return "\n".join(lines) + f"\n\n{timed_on or 'Not timed yet'}.\n"
 

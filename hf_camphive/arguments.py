@@ -95,7 +95,9 @@ class ExpandArguments:
 class CompareArguments:
     """Which runs; several values are separated by commas, and every combination is run."""
 
-    methods: str = _option("fisher,magnitude", "Criteria to compare, as --criterion of `camphive prune` has them.")
+    methods: str = _option(
+        "merge-aware,fisher,magnitude", "Criteria to compare, as --criterion of `camphive prune` has them."
+    )
     merge: str = _option("reconstruct", "Merge rules.")
     ratios: str = _option("1.5,2.1,2.6,4.2", "How many times fewer MACs.")
     seeds: int = _option(3, "So many runs of each, with other calibration images and random numbers.")

@@ -233,7 +233,10 @@ def _table(report: PruneReport) -> str:
         ("MACs per image", lambda stage: stage.footprint.macs, format_count, _times),
         ("Parameters", lambda stage: stage.footprint.parameters, format_count, _times),
         *((f"Latency, batch {batch}", latency(batch), format_ms, _times) for batch in batches),
-        *((f"Latency, batch {batch}, BatchNorm folded", folded(batch), format_ms, _times) for batch in folded_batches),
+        *(
+            (f"Latency, batch {batch}, folded as for deployment", folded(batch), format_ms, _times)
+            for batch in folded_batches
+        ),
         ("Weights file", lambda stage: stage.footprint.file_bytes, format_bytes, _times),
     ]
     lines = [["", *(stage.name for stage in stages), "change"], ["---", *["---:"] * (len(stages) + 1)]]

@@ -43,7 +43,8 @@ class CampHiVeConfig:
     )
     latency_batch_size: int = _option(1, "Images a batch that target_latency is meant for.")
     latency_folded: bool = _option(
-        False, "Let target_latency mean the network with BatchNorm folded into its convolutions, as deployed."
+        False,
+        "Let target_latency mean the network as deployed (`fold`): without BatchNorm and what dropped blocks leave.",
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: Literal[

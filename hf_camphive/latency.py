@@ -272,7 +272,12 @@ def _sampled(
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
-        own = (name, f"{name}.weight", f"{name}.constant", f"{name}.running_mean")  # loose tensors have their own names
+        own = (
+            name,
+            f"{name}.weight",
+            f"{name}.constant",
+            f"{name}.running_mean",
+        )  # loose tensors have their own names
         tensor = next(key for key in own if key in shapes)
         sized[name] = [
             widths[tensor, axis].at(sample.kept) if (tensor, axis) in widths else size
