@@ -72,6 +72,10 @@ class CampHiVeConfig:
         "adaptive",
         "What goes first: the least score per MAC saved, the least score, or (CAMP-HiVe) the same share of every group.",
     )
+    early_weight: float | None = _option(
+        None,
+        "What scores of the first group count next to those of the last, as later layers repair early errors; by default 1, or less where `merge-aware` or `merge-joint` meet `reconstruct` and trials on held out calibration images say so.",
+    )
     scope: Literal["interior", "all"] = _option(
         "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
     )
@@ -149,6 +153,10 @@ class CampHiVeConfig:
         for name in ("warmup_ratio", "label_smoothing", "distillation", "implant_ratio"):
             value = getattr(self, name)
             _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
+        _require(
+            self.early_weight is None or 0 < self.early_weight <= 1,
+            f"early_weight is {self.early_weight}; it is a share above 0 and at most 1, which leaves scores alone",
+        )
         _require(self.seed < 2**32, f"seed is {self.seed}; it must be below 2^32")
         _require(self.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
@@ -190,6 +198,12 @@ class CampHiVeConfig:
     def width_step(self) -> int:
         """Widths are multiples of this: `round_to`, or what suits the budget."""
         return self.round_to or (1 if self.target_latency is None else 8)
+
+    @property
+    def tries_early_weights(self) -> bool:
+        """Whether trials choose `early_weight`: where scores tell what a merge loses, and later layers repair some of it."""
+        judges_merges = self.scored_by in ("merge-aware", "merge-joint") and self.threshold != "percentile"
+        return self.early_weight is None and judges_merges and self.merge == "reconstruct"
 
     @property
     def cuts_channels(self) -> bool:
@@ -292,7 +306,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"scope": "all", **_AS_IN_PAPERS},
     },
 }
-_CUTTING = ("target_macs", "cycles", "threshold", "scope", "round_to", "min_channels")  # no part in zeroing weights
+_CUTTING = (
+    "target_macs",
+    "cycles",
+    "threshold",
+    "early_weight",
+    "scope",
+    "round_to",
+    "min_channels",
+)  # no part in zeroing weights
 _AT_LEAST_ONE = (
     "cycles",
     "round_to",

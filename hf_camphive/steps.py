@@ -21,6 +21,7 @@ from .budgets import dense_sizes, is_finished, next_targets
 from .calibration import Calibration
 from .config import CampHiVeConfig
 from .criteria import CRITERIA
+from .depth import best_early_weight, weighed
 from .errors import ConfigError, PlanError
 from .evaluation import recalibrate_batchnorm
 from .evidence import Evidence, Memory, Scores
@@ -34,13 +35,14 @@ from .plan import PrunePlan
 from .planning import Budgeted, Part, make_plan
 from .polish import Polished, polish
 from .precision import polish_precision
-from .surgery import apply_plan, check_groups
+from .surgery import State, apply_plan, check_groups
 from .timing import LatencyTable
 from .tracing import Trace, trace_network
 from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 8  # one calibration image in so many judges the polishing
+HELD_OUT = 8  # one calibration image in so many judges trials and the polishing
+TRIED = 4  # one of so many of the others is fitted in trials
 _IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -119,8 +121,10 @@ class PruningSteps:
                 if scores is not None
                 else CRITERIA[self.config.scored_by](self._evidence(trace, calibration, memory))
             )
+        with self._timed("try early weights"):
+            early_weight = self._early_weight(network, targets, trace, calibration)
         with self._timed("plan"):
-            return with_pairs(self._planned(network, targets, trace), self.scores)
+            return self._planned(network, targets, trace, early_weight)
 
     def apply(
         self, plan: PrunePlan, calibration: Batches | Calibration | None = None, recalibrate: bool = True
@@ -147,15 +151,7 @@ class PruningSteps:
             self.net = self._with_zeros(trace, calibration)
         else:
             with self._timed("merge"):
-                state = merge(
-                    named_tensors(self.net),
-                    plan,
-                    trace,
-                    calibration.images if calibration else (),
-                    self.config,
-                    reduce=self._reduce,
-                    progress=self._progress,
-                )
+                state = self._merged(plan, trace, calibration)
             with self._timed("cut"):
                 self.net = apply_plan(self.net, plan, trace, state)
         if rule.recalibrate and recalibrate:
@@ -168,6 +164,12 @@ class PruningSteps:
                 f"kernels (neural implants), {_IMPLANTS_START[rule.mix is None]}."
             )
         return self.net
+
+    def _merged(self, plan: PrunePlan, trace: Trace, calibration: Calibration | None) -> State:
+        images = calibration.images if calibration else ()
+        return merge(
+            named_tensors(self.net), plan, trace, images, self.config, reduce=self._reduce, progress=self._progress
+        )
 
     def polish(self, calibration: Batches | Calibration) -> nn.Module:
         """Bring the logits of `net` nearer to the dense network's by label-free steps, in place.
@@ -289,15 +291,49 @@ class PruningSteps:
                 table.ms = broadcast_object_list([table.ms])[0]
             return latency_parts(*arguments, **options, progress=self._progress)
 
-    def _planned(self, network: Budgeted, targets: dict[str, float], trace: Trace) -> PrunePlan:
+    def _planned(
+        self, network: Budgeted, targets: dict[str, float], trace: Trace, early_weight: float = 1.0
+    ) -> PrunePlan:
+        scores = weighed(self.scores, trace.groups, early_weight)
+
         def plan_for(macs: float) -> PrunePlan:
-            return make_plan(network, self.scores, {**targets, "macs": macs}, self.config)
+            return make_plan(network, scores, {**targets, "macs": macs}, self.config)
 
         if not self.config.implant_ratio:
-            return make_plan(network, self.scores, targets, self.config)
-        return with_implants(
-            plan_for, int(targets["macs"]), self.config.implant_ratio, self.scores, trace, network.shapes
-        )
+            return with_pairs(make_plan(network, scores, targets, self.config), scores)
+        plan = with_implants(plan_for, int(targets["macs"]), self.config.implant_ratio, scores, trace, network.shapes)
+        return with_pairs(plan, scores)
+
+    def _early_weight(
+        self, network: Budgeted, targets: dict[str, float], trace: Trace, calibration: Calibration
+    ) -> float:
+        """What scores of the first group count next to the last's: as told, or as trials on some of the images say.
+
+        A trial plans, merges and cuts a copy of the network. Images held out of it tell how far its logits are from the
+        dense network's, as a mean of distances: a few images make up most of a divergence.
+        """
+        fitted, judges = calibration.split(HELD_OUT)
+        if not self.config.tries_early_weights or not judges.total:
+            return self.config.early_weight or 1.0
+        some = fitted.split(TRIED)[1]
+
+        def loss(weight: float) -> float:
+            plan = self._planned(network, targets, trace, weight)
+            net = apply_plan(self.net, plan, trace, self._merged(plan, trace, some))
+            total = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
+            for images, given in zip(judges.images, targeted):
+                total += torch.linalg.vector_norm((net(images) - given).double(), dim=1).sum()
+            return float(self._reduce(total))
+
+        with torch.no_grad():
+            targeted = [self.dense(images) for images in judges.images]
+            weight = best_early_weight(loss)
+        if weight < 1:
+            self.notes.append(
+                f"Scores of the first group counted {weight:g} times, more the later, as {judges.total} calibration "
+                "images held out of trial merges say."
+            )
+        return weight
 
     def _out_of_scope(self) -> frozenset[str]:
         """Groups of the dense network that the run was asked to leave alone."""
