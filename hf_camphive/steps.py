@@ -121,9 +121,8 @@ class PruningSteps:
                 if scores is not None
                 else CRITERIA[self.config.scored_by](self._evidence(trace, calibration, memory))
             )
-        with self._timed("try early weights"):
-            early_weight = self._early_weight(network, targets, trace, calibration)
         with self._timed("plan"):
+            early_weight = self._early_weight(network, targets, trace, calibration)
             return self._planned(network, targets, trace, early_weight)
 
     def apply(
