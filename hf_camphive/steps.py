@@ -42,7 +42,7 @@ from .weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 8  # one calibration image in so many judges trials and the polishing
-TRIED = 4  # one of so many of the others is fitted in trials
+TRIED, LEAST_JUDGES = 4, 16  # of the others one in so many is fitted in trials; fewer judges are left to luck
 _IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -303,6 +303,7 @@ class PruningSteps:
         plan = with_implants(plan_for, int(targets["macs"]), self.config.implant_ratio, scores, trace, network.shapes)
         return with_pairs(plan, scores)
 
+    @torch.no_grad()
     def _early_weight(
         self, network: Budgeted, targets: dict[str, float], trace: Trace, calibration: Calibration
     ) -> float:
@@ -312,9 +313,10 @@ class PruningSteps:
         dense network's, as a mean of distances: a few images make up most of a divergence.
         """
         fitted, judges = calibration.split(HELD_OUT)
-        if not self.config.tries_early_weights or not judges.total:
+        if not self.config.tries_early_weights or judges.total < LEAST_JUDGES:
             return self.config.early_weight or 1.0
         some = fitted.split(TRIED)[1]
+        targeted = [self.dense(images) for images in judges.images]
 
         def loss(weight: float) -> float:
             plan = self._planned(network, targets, trace, weight)
@@ -324,9 +326,7 @@ class PruningSteps:
                 total += torch.linalg.vector_norm((net(images) - given).double(), dim=1).sum()
             return float(self._reduce(total))
 
-        with torch.no_grad():
-            targeted = [self.dense(images) for images in judges.images]
-            weight = best_early_weight(loss)
+        weight = best_early_weight(loss)
         if weight < 1:
             self.notes.append(
                 f"Scores of the first group counted {weight:g} times, more the later, as {judges.total} calibration "

@@ -15,7 +15,7 @@ from hf_camphive.plan import ChannelGroup
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.surgery import apply_plan
 
-CONFIG = CampHiVeConfig(calibration_size=64, num_train_epochs=0, polish_steps=0, mixed_precision="no")
+CONFIG = CampHiVeConfig(calibration_size=128, num_train_epochs=0, polish_steps=0, mixed_precision="no")
 
 
 def groups(*names: str) -> list[ChannelGroup]:
@@ -81,7 +81,7 @@ def test_a_trial_is_a_plan_merged_and_cut_and_judged_by_images_it_has_not_seen(m
         assert loss == pytest.approx(float(errors.norm(dim=1).sum()), rel=1e-4)
     assert losses[1.0] != losses[0.01]
     (note,) = [note for note in pruner.notes if "counted 0.01 times" in note]
-    assert "8 calibration images" in note
+    assert "16 calibration images" in note
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_trials_are_made_where_they_can_matter(options, tries):
 
 def test_too_few_images_leave_none_to_judge(monkeypatch):
     monkeypatch.setattr(steps, "best_early_weight", lambda loss: pytest.fail("there is nothing to judge by"))
-    images = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    few = Calibration.collect([{"pixel_values": images, "labels": torch.zeros(7, dtype=torch.long)}])
+    images = torch.randn(127, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    few = Calibration.collect([{"pixel_values": images, "labels": torch.zeros(127, dtype=torch.long)}])
     pruner = CampHiVePruner("digits_resnet", CONFIG)
     assert pruner.plan(few).cuts
 
