@@ -126,8 +126,10 @@ def main() -> None:
             if engine != "onnxruntime" or (find_spec("onnxruntime") and find_spec("onnx")):
                 for name, found in timed(engine, nets, options.threads, options.seconds).items():
                     rows[name].setdefault("ms", {})[engine] = found
-                rows["dense"] |= {"environment": environment(), "blocks": block_times(options.data)}
+                rows["dense"]["environment"] = environment()
                 keep(results, rows)
+        rows["dense"]["blocks"] = block_times(options.data)
+        keep(results, rows)
     print(table(rows))
 
 

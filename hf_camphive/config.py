@@ -306,15 +306,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"scope": "all", **_AS_IN_PAPERS},
     },
 }
-_CUTTING = (
-    "target_macs",
-    "cycles",
-    "threshold",
-    "early_weight",
-    "scope",
-    "round_to",
-    "min_channels",
-)  # no part in zeroing weights
+# These have no part in zeroing weights.
+_CUTTING = ("target_macs", "cycles", "threshold", "early_weight", "scope", "round_to", "min_channels")
 _AT_LEAST_ONE = (
     "cycles",
     "round_to",

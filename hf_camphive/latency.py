@@ -272,13 +272,10 @@ def _sampled(
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
-        own = (
-            name,
-            f"{name}.weight",
-            f"{name}.constant",
-            f"{name}.running_mean",
-        )  # loose tensors have their own names
-        tensor = next(key for key in own if key in shapes)
+        own = (name, *(f"{name}.{key}" for key in ("weight", "constant", "running_mean")))
+        tensor = next(
+            key for key in own if key in shapes
+        )  # a tensor that belongs to no layer stands under its own name
         sized[name] = [
             widths[tensor, axis].at(sample.kept) if (tensor, axis) in widths else size
             for axis, size in enumerate(shape)

@@ -290,17 +290,17 @@ class PruningSteps:
                 table.ms = broadcast_object_list([table.ms])[0]
             return latency_parts(*arguments, **options, progress=self._progress)
 
-    def _planned(
-        self, network: Budgeted, targets: dict[str, float], trace: Trace, early_weight: float = 1.0
-    ) -> PrunePlan:
+    def _planned(self, network: Budgeted, targets: dict[str, float], trace: Trace, early_weight: float) -> PrunePlan:
         scores = weighed(self.scores, trace.groups, early_weight)
 
         def plan_for(macs: float) -> PrunePlan:
             return make_plan(network, scores, {**targets, "macs": macs}, self.config)
 
-        if not self.config.implant_ratio:
-            return with_pairs(make_plan(network, scores, targets, self.config), scores)
-        plan = with_implants(plan_for, int(targets["macs"]), self.config.implant_ratio, scores, trace, network.shapes)
+        if self.config.implant_ratio:
+            ratio = self.config.implant_ratio
+            plan = with_implants(plan_for, int(targets["macs"]), ratio, scores, trace, network.shapes)
+        else:
+            plan = make_plan(network, scores, targets, self.config)
         return with_pairs(plan, scores)
 
     @torch.no_grad()
@@ -312,9 +312,9 @@ class PruningSteps:
         A trial plans, merges and cuts a copy of the network. Images held out of it tell how far its logits are from the
         dense network's, as a mean of distances: a few images make up most of a divergence.
         """
-        fitted, judges = calibration.split(HELD_OUT)
-        if not self.config.tries_early_weights or judges.total < LEAST_JUDGES:
+        if not self.config.tries_early_weights or calibration.total < HELD_OUT * LEAST_JUDGES:
             return self.config.early_weight or 1.0
+        fitted, judges = calibration.split(HELD_OUT)
         some = fitted.split(TRIED)[1]
         targeted = [self.dense(images) for images in judges.images]
 
@@ -324,13 +324,15 @@ class PruningSteps:
             total = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
             for images, given in zip(judges.images, targeted):
                 total += torch.linalg.vector_norm((net(images) - given).double(), dim=1).sum()
-            return float(self._reduce(total))
+            mean = float(self._reduce(total)) / judges.total
+            logger.info("Trial with early weight %g: logits are %.4g from the dense network's", weight, mean)
+            return mean
 
         weight = best_early_weight(loss)
         if weight < 1:
             self.notes.append(
-                f"Scores of the first group counted {weight:g} times, more the later, as {judges.total} calibration "
-                "images held out of trial merges say."
+                f"Scores of the first group counted {weight:g} times, those of later ones more, as {judges.total} "
+                "calibration images held out of trial merges say."
             )
         return weight
 

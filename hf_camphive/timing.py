@@ -1,4 +1,4 @@
-"""Milliseconds of operations and networks, timed in turns and kept on disk, so that each is timed once on a machine."""
+"""Milliseconds of operations and networks, timed in turns; a table keeps them, on disk what is to be timed once on a machine."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
 
 
 class LatencyTable:
-    """Milliseconds by key, timed once and kept in `folder` (by default where Hugging Face libraries keep theirs).
+    """Milliseconds by key, each timed once, and kept in `folder` (by default where Hugging Face libraries keep theirs).
 
     One file for each device, its vector instructions, number of threads and version of torch. A file that cannot be read is
     started afresh.

@@ -278,6 +278,9 @@ def test_every_device_and_number_of_threads_has_a_table(tmp_path, monkeypatch):
     one = LatencyTable(folder=tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert LatencyTable(folder=tmp_path).path != one.path
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert LatencyTable(folder=tmp_path).path != one.path
     assert LatencyTable().path.parent == Path(timing.constants.HF_HOME, "camphive")
 
 
