@@ -188,6 +188,7 @@ class Comparison:
             dropped=sum(len(plan.dropped) for plan in pruner.plans),
             seconds={step: round(value, 3) for step, value in seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
+            notes=tuple(pruner.notes),
         )
 
     def _plan(self, pruner: CampHiVePruner, cell: Cell, calibration: Calibration) -> PrunePlan:

@@ -42,7 +42,7 @@ class Row:
 
     `pruned` is the network straight after the cut, `recalibrated` the same with the BatchNorm statistics of the
     calibration images; the merge rule says which of the two it delivers (`recalibrates`), and that one is polished and
-    finetuned, where the settings ask for it.
+    finetuned, where the settings ask for it. `notes` are the pruner's: early weight, polish, what was left out.
     """
 
     cell: Cell
@@ -61,6 +61,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     polished: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def delivered(self) -> float:
@@ -145,7 +146,7 @@ class Results:
             values = json.loads(text)
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            rows = tuple(Row(**{**row, "cell": Cell(**row["cell"])}) for row in values.pop("rows"))
+            rows = tuple(_row(**row) for row in values.pop("rows"))
             return cls(rows=rows, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(
@@ -155,7 +156,7 @@ class Results:
 
     def to_csv(self) -> str:
         """One line a row, shares in [0, 1]; seconds of each step in a column of its own."""
-        plain = [f.name for f in fields(Row) if f.name not in ("cell", "seconds", "environment")]
+        plain = [f.name for f in fields(Row) if f.name not in ("cell", "seconds", "environment", "notes")]
         columns = [f.name for f in fields(Cell)] + plain + [f"seconds_{step}" for step in STEPS]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -171,6 +172,10 @@ class Results:
             return "No row is done yet.\n"
         parts = [_measured(self), by_ratio(self.summaries()), "", *_failures(self), _all_stages(self.summaries())]
         return "\n".join(parts) + "\n"
+
+
+def _row(cell: dict[str, Any], notes: Iterable[str] = (), **values: Any) -> Row:
+    return Row(Cell(**cell), notes=tuple(notes), **values)
 
 
 def by_ratio(summaries: Iterable[Summary]) -> str:

@@ -157,11 +157,13 @@ def test_polished_rows_say_what_polishing_gave(tmp_path, monkeypatch):
     def spoil(pruner, calibration):
         assert len(calibration.images[0]) == 64
         torch.nn.init.zeros_(pruner.net.get_classifier().weight)
+        pruner.notes.append("spoilt")
         return pruner.net
 
     monkeypatch.setattr(CampHiVePruner, "polish", spoil)
     (row,) = opened(tmp_path, replace(CONFIG, polish_steps=2)).run(cells("fisher", "none")).rows
     assert row.final == row.polished < 0.3 < row.delivered
+    assert row.notes == ("spoilt",)
 
 
 def test_several_cycles_end_at_the_same_budget(tmp_path):

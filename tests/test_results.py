@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from dataclasses import replace
 from statistics import stdev
 
@@ -35,7 +36,7 @@ ROWS = (
     row(seed=1, recalibrated=0.70),
     row(ratio=4.0, recalibrated=0.4),
     row("hive", recalibrates=False, pruned=0.8),
-    row("hive", ratio=4.0, finetuned=0.3),
+    row("hive", ratio=4.0, finetuned=0.3, notes=("Not polished.",)),
 )
 RESULTS = Results({"architecture": "toy", "learning_rate": 0.005}, ROWS, {"taylor none 4x": "no such budget"})
 
@@ -62,6 +63,14 @@ def test_what_a_run_ends_with(changes, delivered, final):
 def test_json_gives_everything_back():
     again = Results.from_json(RESULTS.to_json(), "here")
     assert again == RESULTS and again.summaries() == RESULTS.summaries()
+
+
+def test_rows_kept_before_notes_were_are_read():
+    values = json.loads(RESULTS.to_json())
+    for kept in values["rows"]:
+        del kept["notes"]
+    rows = Results.from_json(json.dumps(values), "here").rows
+    assert rows == tuple(replace(row, notes=()) for row in RESULTS.rows)
 
 
 @pytest.mark.parametrize(
