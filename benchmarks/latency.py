@@ -1,9 +1,9 @@
-"""Accuracy over measured milliseconds, without training: plans for MACs, plans for latency, and torch-pruning's.
+"""Accuracy over measured milliseconds, without labels: plans for MACs, plans for latency, and torch-pruning's.
 
     python benchmarks/latency.py --data FOLDER [--rows 'latency*'] [--threads 2] [--no-timing] [--test]
 
-Prunes cifar_resnet56 once for each row (networks are kept in --work, so that a row is pruned once), then times all of them in
-one run, taking turns: torch with BatchNorm as it is and folded, and ONNX Runtime where it is installed, at batch 1 and 32.
+Prunes cifar_resnet56 once for each row (networks are kept in --work, so that a row is pruned once; `polished` rows take the
+label-free steps that a user gets unasked, all others do without), then times all of them in one run, taking turns: torch with BatchNorm as it is and folded, and ONNX Runtime where it is installed, at batch 1 and 32.
 Accuracy is that on held-out training images; --test adds that on the test images, for the final run. Results stand in
 docs/results/latency.json, .md and .png. torch-pruning rows need `pip install torch-pruning==1.6.1`, ONNX Runtime
 `pip install onnx onnxruntime onnxscript`.
@@ -62,17 +62,23 @@ class Job:
 
 
 FEWER = (1.5, 2.1, 2.6, 4.2)
-LATENCY = {"latency_folded": True}
+LATENCY = {"latency_folded": True, "latency_batch_size": 32}
+POLISHED = {"polish_steps": 100}
 JOBS = [
     Job("dense"),
     *(Job(f"macs {fewer}x", {"target_macs": 1 / fewer}) for fewer in FEWER),
     *(Job(f"macs {fewer}x in eights", {"target_macs": 1 / fewer, "round_to": 8}) for fewer in FEWER),
     *(
-        Job(f"latency {share}", {"target_latency": share, "latency_batch_size": 32, **LATENCY})
+        Job(f"latency {share}", {"target_latency": share, **LATENCY})
         for share in (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)
     ),
+    *(Job(f"macs {fewer}x polished", {"target_macs": 1 / fewer, **POLISHED}) for fewer in FEWER),
     *(
-        Job(f"latency batch 1 {share}", {"target_latency": share, "latency_batch_size": 1, **LATENCY})
+        Job(f"latency {share} polished", {"target_latency": share, **LATENCY, **POLISHED})
+        for share in (0.6, 0.5, 0.45, 0.35)
+    ),
+    *(
+        Job(f"latency batch 1 {share}", {"target_latency": share, **LATENCY, "latency_batch_size": 1})
         for share in (0.8, 0.7, 0.6, 0.5, 0.4)
     ),
     *(
@@ -151,11 +157,13 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
     if job.torch_pruning:
         net = with_torch_pruning(base.net, loaders, **job.torch_pruning)
     elif job.options:
-        config = CampHiVeConfig(num_train_epochs=0, polish_steps=0, **job.options)
+        config = CampHiVeConfig(**{"num_train_epochs": 0, "polish_steps": 0, **job.options})
         pruner = CampHiVePruner(base, config)
         calibration, scores, seconds_to_score = scored(data, config.scored_by)
         plan = pruner.plan(calibration, scores=scores)
         net = pruner.apply(plan, calibration)
+        if config.label_free_steps:
+            net = pruner.polish(calibration)
         pruner.seconds["score"] = seconds_to_score
         extra = {
             "budgets": [vars(budget) for budget in plan.budgets],
@@ -329,7 +337,8 @@ def times(rows: dict[str, dict], name: str, engine: str, batch: str) -> str:
 
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Accuracy over measured milliseconds, one panel for each engine and batch size, one line for each way to plan."""
-    ways = ("latency batch 1", "latency", "macs in eights", "macs", "torch-pruning recalibrated", "torch-pruning")
+    ways = ("latency batch 1", "latency", "latency polished", "macs in eights", "macs", "macs polished")
+    ways += ("torch-pruning recalibrated", "torch-pruning")
     accuracy = "test_top1" if all("test_top1" in row for row in rows.values()) else "held_out_top1"
     figure, panels = plt.subplots(len(BATCHES), len(ENGINES), figsize=(12, 7), sharey=True, layout="constrained")
     for i, batch in enumerate(BATCHES):
@@ -346,7 +355,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
                 panels[i, j].axvline(rows["dense"]["ms"][engine][str(batch)]["median"], color="grey", linestyle=":")
             panels[i, j].set(title=f"{engine}, batch {batch}", ylim=(60, 95))
     figure.supxlabel("milliseconds a batch, measured (dotted: dense)")
-    figure.supylabel(f"top-1 without training, % ({accuracy.replace('_top1', '').replace('_', '-')} images)")
+    figure.supylabel(f"top-1 without finetuning, % ({accuracy.replace('_top1', '').replace('_', '-')} images)")
     panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -103,12 +103,13 @@ def _peak_bytes_here(build: Callable, arguments: tuple, device: str, threads: in
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     run(None)
-    return _resident("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (most so far) of this process."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
