@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,14 +16,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from brief import skip_folding, time_briefly
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, footprint, hub, pruner, steps
+from hf_camphive import cli, hub, steps
 from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.config import PRESETS, CampHiVeConfig
-from hf_camphive.footprint import count_macs, measure_latency
+from hf_camphive.footprint import count_macs
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, plans_from_json
 from hf_camphive.report import REPORT_FILE, PruneReport, format_count, format_share
@@ -36,8 +36,8 @@ QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 2
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module in (pruner, footprint):
-        monkeypatch.setattr(module, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+    time_briefly(monkeypatch)
+    skip_folding(monkeypatch)
 
 
 def prune(*arguments: str) -> int:
@@ -63,7 +63,7 @@ def saved(tmp_path_factory) -> Path:
     """A finished run's folder."""
     folder = tmp_path_factory.mktemp("cli") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        time_briefly(patch)
         assert prune("--output-dir", folder) == 0
     return folder
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from brief import time_briefly
 from toys import ToyResNet, images, randomise, relative_error
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import pruner
 from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, PlanError
-from hf_camphive.footprint import count_macs, measure_latency
+from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
 from hf_camphive.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.merging import merge
@@ -239,7 +239,7 @@ def run(tmp_path_factory):
         implant_ratio=0.2, calibration_size=64, num_train_epochs=0, mixed_precision="no", merge="none", cycles=2
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        time_briefly(patch)
         job = CampHiVePruner("digits_resnet", config)
         job.run(load_loaders("digits", job.base.net, config, workers=0, max_train_samples=128, max_eval_samples=50))
         job.net.layer1[0].conv2.reads.weight.data.normal_(std=0.1)  # implants that say something

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from brief import measure_briefly, skip_folding, time_briefly
 from PIL import Image
 from torch import nn
 
@@ -25,7 +25,7 @@ from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
 from hf_camphive.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.evaluation import evaluate_accuracy
-from hf_camphive.footprint import count_macs, count_parameters, measure_latency
+from hf_camphive.footprint import count_macs, count_parameters
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, ChannelCut, plans_from_json
@@ -44,7 +44,8 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def brief_latency(monkeypatch):
-    monkeypatch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+    time_briefly(monkeypatch)
+    skip_folding(monkeypatch)
 
 
 def digits(net, config=CONFIG):
@@ -66,7 +67,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory) -> tuple[CampHiVePruner, Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        time_briefly(patch)
         job = pruned(replace(CONFIG, num_train_epochs=1), command="camphive prune")
         return job, job.save_pretrained(tmp_path_factory.mktemp("pruner") / "saved")
 
@@ -603,7 +604,7 @@ def test_two_processes_make_the_plan_of_one(tmp_path):
 PARALLEL = replace(CONFIG, calibration_size=300, cycles=2)
 
 if __name__ == "__main__":
-    pruner.measure_latency = partial(measure_latency, runs=3, seconds=0.1)
+    pruner.measure_latency = measure_briefly
     job = pruned(PARALLEL, work_dir=Path(sys.argv[1] + "-work"))
     assert job.accelerator.num_processes == 2
     job.save_pretrained(sys.argv[1])

@@ -2,13 +2,11 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
+from brief import time_briefly
 
-from hf_camphive import pruner
-from hf_camphive.footprint import measure_latency
 from hf_camphive.results import Results
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_the_python_example_runs_and_its_result_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+    time_briefly(monkeypatch)
     assert len(BLOCKS) == 2 and len(BLOCKS[0].strip().splitlines()) == 10
     names: dict = {}
     exec(BLOCKS[0], names)

@@ -1,20 +1,19 @@
 """Single weights: the merge against a reference in numpy, zeros that training cannot move, a report that promises nothing."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from brief import skip_folding, time_briefly
 from test_criteria import subject_for
 from test_pruner import KILLS, Killed, digits, kill_after, pruned
 from test_training import CONFIG as TRAINING
 from test_training import Net, interrupted, loaders
 
 import hf_camphive
-from hf_camphive import pruner, steps
+from hf_camphive import steps
 from hf_camphive.config import CampHiVeConfig
-from hf_camphive.footprint import measure_latency
 from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
 from hf_camphive.pruner import CampHiVePruner
@@ -120,13 +119,14 @@ WEIGHTS = CampHiVeConfig.from_preset(
 
 @pytest.fixture(autouse=True)
 def brief_latency(monkeypatch):
-    monkeypatch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+    time_briefly(monkeypatch)
+    skip_folding(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner, "measure_latency", partial(measure_latency, runs=3, seconds=0.1))
+        time_briefly(patch)
         job = pruned(WEIGHTS)
         return job, job.save_pretrained(tmp_path_factory.mktemp("weights") / "saved")
 
