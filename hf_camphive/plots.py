@@ -108,7 +108,9 @@ def draw_ratios(report: PruneReport) -> Figure:
     figure, axes = _figure(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
     for i, row in enumerate(rows):
         axes.barh(i, 100 * row.ratio, color=VERMILION if row.bottleneck else BLUE, height=0.78)
-        axes.text(100 * row.ratio + 1, i, f"{100 * row.ratio:.0f} %", va="center", fontsize=text, color=INK)
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line, which may stand right there
+        label = f"{100 * row.ratio:.0f} %"
+        axes.text(100 * row.ratio + 1, i, label, va="center", fontsize=text, color=INK, bbox=clear)
     axes.axvline(overall, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), [_shortened(row.group) for row in rows], fontsize=text)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -118,7 +120,7 @@ def draw_ratios(report: PruneReport) -> Figure:
     axes.tick_params(axis="y", length=0)
     count = sum(row.bottleneck for row in rows)
     axes.set_title(
-        f"{count} bottleneck{'s' if count != 1 else ''}: lost less than half the share of all (red)",
+        f"{count} bottleneck{'s' if count != 1 else ''}: lost less than half the share of all (orange)",
         loc="left",
         fontsize=11,
     )

@@ -112,8 +112,8 @@ def test_ratios_are_sorted_and_bottlenecks_stand_out():
     (axes,) = figure.axes
     assert bars(axes) == {0: [25.0], 1: [100.0]}  # the frozen group cannot be a bottleneck
     assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "layer1.0.conv1"]
-    red, blue = (bar.get_facecolor() for bar in axes.patches)
-    assert red != blue and "1 bottleneck: lost less than half the share of all (red)" in texts(figure)
+    orange, blue = (bar.get_facecolor() for bar in axes.patches)
+    assert orange != blue and "1 bottleneck: lost less than half the share of all (orange)" in texts(figure)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * 68 / 80)
 
 
