@@ -163,7 +163,7 @@ def latency_parts(
             networks[key] = _prepare_network(small, trace.input_size, batch, folded, table.device)
             samples.append((sample, key))
     table.measure(works, progress)
-    table.measure(networks, progress, keep=False)
+    table.measure_networks(networks, progress)
 
     def alone(op: Operation, grid: Grid) -> Callable[..., float]:
         at = cache(lambda point: table.ms[op.at(point, dtype)[0]])

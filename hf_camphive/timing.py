@@ -39,16 +39,31 @@ class LatencyTable:
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:16]
         self.path = (folder or Path(constants.HF_HOME, "camphive")) / f"latency-{digest}.json"
         self.ms = self._load()
+        self._yardstick: tuple[str, Prepare] | None = None
 
-    def measure(self, works: Mapping[str, Prepare], progress: bool = False, keep: bool = True) -> None:
-        """Time those that are not in the table, and keep them; without `keep` as long as the table itself."""
+    def measure(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
+        """Time those that are not in the table, and keep them."""
         missing = [key for key in works if key not in self.ms]
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
             found = self.timer({key: works[key] for key in chunk}, self.device, progress)
             self.ms |= found
-            if keep:
-                self._save(found)
+            self._save(found)
+
+    def measure_networks(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
+        """Time whole networks, for as long as this table lives: on another day the machine may be faster or slower.
+
+        The first one ever given is timed again beside later ones, which tells how much slower the machine has become
+        since, and all are told in the milliseconds of that first time: budgets are.
+        """
+        missing = {key: work for key, work in works.items() if key not in self.ms}
+        if not missing:
+            return
+        self._yardstick = self._yardstick or next(iter(missing.items()))
+        found = self.timer(dict([self._yardstick]) | missing, self.device, progress)
+        now = found[self._yardstick[0]]
+        pace = self.ms.get(self._yardstick[0], now) / now
+        self.ms |= {key: pace * ms for key, ms in found.items()}
 
     def _load(self) -> dict[str, float]:
         try:
