@@ -24,7 +24,7 @@ class Sums:
         """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
         self.rows[int(held_out)] += rows.shape[1]
         for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
-            self.products[int(held_out)] += (some.mT @ torch.cat([some, rest], dim=2)).double()
+            self.products[int(held_out)] += some.mT @ torch.cat([some, rest], dim=2)
 
     def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
         """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].
@@ -66,11 +66,12 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     """
     count = gram[:, -1, -1].clamp_min(1e-300)[:, None, None]  # 0 where no constant is fitted
     mean, total = gram[:, :-1, -1:] / count, cross[:, -1:]
-    centred, targets = gram[:, :-1, :-1] - mean @ mean.mT * count, cross[:, :-1] - mean @ total
+    targets = cross[:, :-1] - mean @ total
     scale = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(dim=1).clamp_min(1e-12)
     while True:
-        damping = (ridge * scale)[:, None].expand(centred.shape[:2])
-        factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(damping))
+        damped = torch.baddbmm(gram[:, :-1, :-1], mean, mean.mT * count, alpha=-1)  # d x d is hundreds of MB: no copies
+        damped.diagonal(dim1=-2, dim2=-1).add_((ridge * scale)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             break
         ridge = torch.where(failed > 0, (10 * ridge).clamp_min(1e-12), ridge)
