@@ -94,6 +94,7 @@ def reconstruct(
                     solution, sums, rows, _centres(pruned[fit.weight], entries.get(fit.weight)), ridge, reduce
                 )
             _update(pruned, fit, twins, entries.get(fit.weight), *solution)
+            del sums  # may be hundreds of MB, which the next fit need not add to
     return pruned
 
 
