@@ -72,7 +72,6 @@ JOBS = [
         Job(f"latency {share}", {"target_latency": share, **LATENCY})
         for share in (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)
     ),
-    *(Job(f"macs {fewer}x polished", {"target_macs": 1 / fewer, **POLISHED}) for fewer in FEWER),
     *(
         Job(f"latency {share} polished", {"target_latency": share, **LATENCY, **POLISHED})
         for share in (0.6, 0.5, 0.45, 0.35)
@@ -337,7 +336,7 @@ def times(rows: dict[str, dict], name: str, engine: str, batch: str) -> str:
 
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Accuracy over measured milliseconds, one panel for each engine and batch size, one line for each way to plan."""
-    ways = ("latency batch 1", "latency", "latency polished", "macs in eights", "macs", "macs polished")
+    ways = ("latency batch 1", "latency", "latency polished", "macs in eights", "macs")
     ways += ("torch-pruning recalibrated", "torch-pruning")
     accuracy = "test_top1" if all("test_top1" in row for row in rows.values()) else "held_out_top1"
     figure, panels = plt.subplots(len(BATCHES), len(ENGINES), figsize=(12, 7), sharey=True, layout="constrained")
