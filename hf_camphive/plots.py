@@ -235,12 +235,17 @@ def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def draw_comparison(results: Results) -> Figure:
-    """Top-1 over MACs at the end of each run: a line for each method, its band one standard deviation over seeds."""
-    lines: dict[str, list[Summary]] = {}
-    summaries = results.summaries()
-    named = _distinct_names([summary.recipe for summary in summaries])
-    for summary in summaries:
-        lines.setdefault(named[summary.recipe], []).append(summary)
+    """Top-1 over MACs at the end of each run: a line for each method, its band one standard deviation over seeds.
+
+    Where some were run at several ratios, those that were not are left to the tables: they are points above each other.
+    """
+    points_of: dict[Cell, list[Summary]] = {}
+    for summary in results.summaries():
+        points_of.setdefault(summary.recipe, []).append(summary)
+    least = min(2, max(map(len, points_of.values())))
+    points_of = {recipe: points for recipe, points in points_of.items() if len(points) >= least}
+    named = _distinct_names(list(points_of))
+    lines = {named[recipe]: points for recipe, points in points_of.items()}
     figure, axes = _figure(max(4.4, 1.5 + 0.21 * len(lines)))
     for i, (name, points) in enumerate(lines.items()):
         points.sort(key=lambda point: point.of(lambda row: row.macs).mean)
