@@ -34,8 +34,7 @@ def test_the_demo_table_is_that_of_the_kept_report():
 
 
 def test_the_results_are_those_of_the_kept_benchmark():
-    rows = json.loads((ROOT / "docs/results/no_training.json").read_text(encoding="utf-8")).values()
-    kept = {f"{100 * row['top1']:.2f}" for row in rows} | {f"{100 * row['dense_top1']:.2f}" for row in rows}
+    kept = set()
     for path in (ROOT / "docs/results/compare").glob("*/results.json"):
         results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
         for stage in (
