@@ -9,7 +9,7 @@ DATA ?= ../shared/data
 
 help:
 	@echo "make demo           prune the bundled network on handwritten digits (under 3 minutes after install)"
-	@echo "make test           run the test suite (offline, under 10 minutes on 2 cores)"
+	@echo "make test           run the test suite (offline, about 10 minutes on 2 cores)"
 	@echo "make lint           check style"
 	@echo "make format         mend style"
 	@echo "make test-slow      tests that take minutes"

@@ -57,6 +57,15 @@ def test_the_results_are_those_of_the_kept_benchmark():
     assert milliseconds and not [figure for figure in milliseconds if figure not in medians]
 
 
+def test_the_seconds_are_those_of_the_kept_benchmark():
+    rows = json.loads((ROOT / "docs/results/cost.json").read_text(encoding="utf-8"))
+    said = " ".join(README.split("Scores, trials and plan, and reconstruction take")[1].split("([each step]")[0].split())
+    for row in rows.values():
+        score, plan, merge = (f"{row['seconds'][step]:.0f}" for step in ("score", "plan", "merge"))
+        assert f"{score}, {plan} and {merge} s" in said
+    assert f"at most {max(row['peak_bytes']['to the cut'] for row in rows.values()) / 1e9:.1f} GB" in said
+
+
 def test_the_figures_of_the_zoo_are_those_of_the_kept_sweep(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import zoo
