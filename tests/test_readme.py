@@ -59,7 +59,9 @@ def test_the_results_are_those_of_the_kept_benchmark():
 
 def test_the_seconds_are_those_of_the_kept_benchmark():
     rows = json.loads((ROOT / "docs/results/cost.json").read_text(encoding="utf-8"))
-    said = " ".join(README.split("Scores, trials and plan, and reconstruction take")[1].split("([each step]")[0].split())
+    said = " ".join(
+        README.split("Scores, trials and plan, and reconstruction take")[1].split("([each step]")[0].split()
+    )
     for row in rows.values():
         score, plan, merge = (f"{row['seconds'][step]:.0f}" for step in ("score", "plan", "merge"))
         assert f"{score}, {plan} and {merge} s" in said
