@@ -36,8 +36,7 @@ def main() -> None:
     for name in options.network:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             row = process.submit(cost, name, options.data, options.threads).result()
-        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        rows = {key: value for key, value in {**rows, name: row}.items() if key in FEWER}
+        rows = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: row}
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(table(rows))
     print(table(rows))
@@ -77,12 +76,8 @@ def table(rows: dict[str, dict]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     places = dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["environment"].items()) for row in rows.values())
     notes = [f"- {name}: {note}" for name, row in rows.items() for note in row["notes"]]
-    return (
-        "\n".join(
-            [*lines, "", "Memory is that of the whole process, Python and torch included.", "", *notes, "", *places]
-        )
-        + "\n"
-    )
+    lines += ["", "Memory is that of the whole process, Python and torch included.", "", *notes, "", *places]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

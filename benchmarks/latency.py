@@ -3,7 +3,8 @@
     python benchmarks/latency.py --data FOLDER [--rows 'latency*'] [--threads 2] [--no-timing] [--test]
 
 Prunes cifar_resnet56 once for each row (networks are kept in --work, so that a row is pruned once; `polished` rows take the
-label-free steps that a user gets unasked, all others do without), then times all of them in one run, taking turns: torch with BatchNorm as it is and folded, and ONNX Runtime where it is installed, at batch 1 and 32.
+label-free steps that a user gets unasked, all others do without), then times all of them in one run, taking turns: torch with
+BatchNorm as it is and folded, and ONNX Runtime where it is installed, at batch 1 and 32.
 Accuracy is that on held-out training images; --test adds that on the test images, for the final run. Results stand in
 docs/results/latency.json, .md and .png. torch-pruning rows need `pip install torch-pruning==1.6.1`, ONNX Runtime
 `pip install onnx onnxruntime onnxscript`.

@@ -272,10 +272,9 @@ def _sampled(
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
+        # A tensor that belongs to no layer stands under its own name.
         own = (name, *(f"{name}.{key}" for key in ("weight", "constant", "running_mean")))
-        tensor = next(
-            key for key in own if key in shapes
-        )  # a tensor that belongs to no layer stands under its own name
+        tensor = next(key for key in own if key in shapes)
         sized[name] = [
             widths[tensor, axis].at(sample.kept) if (tensor, axis) in widths else size
             for axis, size in enumerate(shape)

@@ -106,9 +106,9 @@ def draw_ratios(report: PruneReport) -> Figure:
     overall = 100 * (1 - sum(group.kept for group in groups) / sum(group.size for group in groups))
     text = 8.5 if len(rows) <= 40 else 7.5
     figure, axes = _figure(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line, which may stand where a label does
     for i, row in enumerate(rows):
         axes.barh(i, 100 * row.ratio, color=VERMILION if row.bottleneck else BLUE, height=0.78)
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line, which may stand right there
         label = f"{100 * row.ratio:.0f} %"
         axes.text(100 * row.ratio + 1, i, label, va="center", fontsize=text, color=INK, bbox=clear)
     axes.axvline(overall, color=INK, linewidth=1)

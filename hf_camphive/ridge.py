@@ -69,9 +69,8 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
     targets = cross[:, :-1] - mean @ total
     scale = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(dim=1).clamp_min(1e-12)
     while True:
-        damped = torch.baddbmm(
-            gram[:, :-1, :-1], mean, mean.mT * count, alpha=-1
-        )  # d x d is hundreds of MB: no copies
+        # Centred in one step: a d x d matrix may be hundreds of MB, and each more counts.
+        damped = torch.baddbmm(gram[:, :-1, :-1], mean, mean.mT * count, alpha=-1)
         damped.diagonal(dim1=-2, dim2=-1).add_((ridge * scale)[:, None])
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():

@@ -25,7 +25,7 @@ Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
 
 
 class LatencyTable:
-    """Milliseconds by key, each timed once, and kept in `folder` (by default where Hugging Face libraries keep theirs).
+    """Milliseconds by key. Those of operations are kept in `folder` (by default where Hugging Face libraries keep theirs).
 
     One file for each device, its vector instructions, number of threads and version of torch. A file that cannot be read is
     started afresh.
