@@ -1,0 +1,485 @@
+"""The readers: a pruned timm network as a transformers model and as a timm architecture.
+
+Self-contained (torch, timm, transformers and `.cifar` only): a copy of this file is shipped inside every saved folder
+as remote code. Nothing here looks at values, only at shapes, because transformers builds networks on the meta device.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import SpaceToDepth
+from timm.models import is_model, load_pretrained, register_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
+
+from .cifar import CifarResNet  # noqa: F401  (importing it registers the small networks in timm)
+
+__all__ = [
+    "CampHiVeForImageClassification",
+    "CampHiVeTimmConfig",
+    "ImplantedConv2d",
+    "Shortcut",
+    "attributes_of",
+    "resize",
+    "shortcuts_of",
+    "widths_of",
+]
+
+MODEL_TYPE = "camphive_timm"
+ARCHITECTURE = "camphive"
+Widths = Mapping[str, Sequence[int]]
+Shortcuts = Mapping[str, Mapping[str, Sequence[str]]]
+Attributes = Mapping[str, Mapping[str, int | Sequence[int]]]
+_SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+_ATTRIBUTES = "camphive_attributes"
+# What a saved pretrained_cfg leaves out: where the dense weights came from, and what config.json says elsewhere.
+_NOT_SAVED = {
+    *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
+    *("num_classes", "label_names", "label_descriptions", "label_offset"),
+}
+
+
+class Shortcut(nn.Module):
+    """What is left of a residual block whose branch was emptied: y = after(shortcut(x) + constant), [B, C, H, W].
+
+    The children of `block` that remain keep their names, so their tensors do too. `constant` [C] starts at zero.
+    """
+
+    def __init__(self, block: nn.Module, shortcut: Sequence[str], after: Sequence[str], channels: int) -> None:
+        super().__init__()
+        children = dict(block.named_children())
+        if unknown := [name for name in (*shortcut, *after) if name not in children]:
+            raise ValueError(f"{type(block).__name__} has no children {unknown}; it has {list(children)}")
+        self.shortcut_names, self.after_names = tuple(shortcut), tuple(after)
+        for name in (*shortcut, *after):
+            self.add_module(name, children[name])
+        like = next(block.parameters(), torch.empty(0))
+        self.constant = nn.Parameter(like.new_zeros(channels))
+        self.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.shortcut_names:
+            x = self.get_submodule(name)(x)
+        x = x + self.constant.view(1, -1, 1, 1)
+        for name in self.after_names:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+class ImplantedConv2d(nn.Conv2d):
+    """A convolution some of whose channels are cheap: 1x1 (HAP's neural implants, arXiv:2101.08940).
+
+    y = [W * x_main + R * x_implanted, M * x] with x = [x_main, x_implanted]: `weight` W is kH x kW; `reads` R
+    [C_main, I, 1, 1] reads the implanted inputs, `makes` M [J, C_in, 1, 1] makes the implanted outputs, which come last.
+    Either may be absent. For convolutions that keep the size up to their stride, without convolution groups.
+    """
+
+    def __init__(self, conv: nn.Conv2d, reads: bool, makes: bool) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.reads = self._pointwise(conv.out_channels, bias=False) if reads else None
+        self.makes = self._pointwise(1, bias=conv.bias is not None) if makes else None
+        self.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x if self.reads is None else x[:, : self.in_channels])
+        if self.reads is not None:
+            y = y + self.reads(x[:, self.in_channels :])
+        return y if self.makes is None else torch.cat([y, self.makes(x)], dim=1)
+
+    def _pointwise(self, outputs: int, bias: bool) -> nn.Conv2d:
+        """A 1x1 convolution of one input channel, to be resized; its weights are zero."""
+        placement = {"device": self.weight.device, "dtype": self.weight.dtype}
+        conv = nn.utils.skip_init(nn.Conv2d, 1, outputs, 1, self.stride, bias=bias, **placement)
+        for parameter in conv.parameters():
+            nn.init.zeros_(parameter).requires_grad_(self.weight.requires_grad)
+        return conv
+
+
+def widths_of(net: nn.Module) -> dict[str, list[int]]:
+    """Weight shape of every convolution, linear layer, norm and `Shortcut` (its constant), by module name.
+
+    Tensors of other modules (layer scales, tables of positions) stand under their own names.
+    """
+    widths = {}
+    for name, module in net.named_modules():
+        if isinstance(module, Shortcut):
+            widths[name] = list(module.constant.shape)
+        elif isinstance(module, _SIZED):
+            widths[name] = _shape(module)
+        else:
+            widths |= {f"{name}.{key}".lstrip("."): list(tensor.shape) for key, tensor in _loose(module)}
+    return widths
+
+
+def attributes_of(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """Numbers that modules hold besides their tensors and that `resize` has changed, by module name."""
+    return {name: dict(values) for name, values in getattr(net, _ATTRIBUTES, {}).items()}
+
+
+def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
+    """The children that each `Shortcut` of a network kept, by module name."""
+    return {
+        name: {"shortcut": list(module.shortcut_names), "after": list(module.after_names)}
+        for name, module in net.named_modules()
+        if isinstance(module, Shortcut)
+    }
+
+
+def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Attributes | None = None) -> None:
+    """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
+
+    A resized tensor holds the leading corner of the old one and zeros beyond it: load the weights next. Layers that
+    are not named stay as they are. `attributes` are numbers that modules hold besides (num_heads). The widths that timm
+    networks tell about themselves (num_features, head_hidden_size, feature_info) are brought up to date by one forward
+    pass on the meta device.
+
+    A convolution becomes an `ImplantedConv2d` where the widths name its `reads` or `makes`.
+
+    Raises ValueError on names that the network lacks and on shapes that do not fit a layer or one another.
+    """
+    for name, kept in shortcuts.items():
+        block = _module(net, name)
+        if isinstance(block, Shortcut):
+            if (tuple(kept["shortcut"]), tuple(kept["after"])) != (block.shortcut_names, block.after_names):
+                raise ValueError(f"{name} is already a shortcut, which kept {shortcuts_of(net)[name]}, not {kept}")
+        elif name not in widths:
+            raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
+        else:
+            net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
+    _implant(net, widths)
+    tied = _tied(net)
+    for name, shape in widths.items():
+        owner, _, key = name.rpartition(".")
+        if key in dict(_loose(_module(net, owner))):
+            _resize_tensor(name, _module(net, owner), key, list(shape))
+        else:
+            _resize_module(name, _module(net, name), list(shape))
+    for first, *others in tied:
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            setattr(_module(net, owner), key, net.get_parameter(first))
+    changed = attributes_of(net)
+    for name, values in (attributes or {}).items():
+        for key, value in values.items():
+            _set_number(name, _module(net, name), key, value)
+        changed[name] = changed.get(name, {}) | dict(values)
+    if changed:
+        setattr(net, _ATTRIBUTES, changed)
+    if hasattr(net, "forward_features"):
+        _update_features(net)
+
+
+def camphive(
+    pretrained: bool = False,
+    *,
+    base: str,
+    widths: Widths | None = None,
+    shortcuts: Shortcuts | None = None,
+    attributes: Attributes | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Entry point of timm: the architecture `base` with these widths, shortcuts and attributes.
+
+    `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture. Raises ValueError
+    where the widths do not fit `base`, or timm does not know it.
+    """
+    if kwargs.pop("features_only", False):
+        raise ValueError("features_only is not available for pruned networks; call forward_intermediates instead")
+    if not is_model(base):
+        raise ValueError(f"timm {timm.__version__} does not know the architecture {base!r}; a newer timm may")
+    cache_dir = kwargs.pop("cache_dir", None)
+    kwargs.pop("pretrained_model_args", None)
+    net = timm.create_model(base, pretrained=False, **kwargs)
+    net.pretrained_cfg["architecture"] = ARCHITECTURE
+    resize(net, _with_ends_of(net, widths or {}), shortcuts or {}, attributes)
+    if pretrained:
+        load_pretrained(
+            net, net.pretrained_cfg, num_classes=net.num_classes, in_chans=_input_channels(net), cache_dir=cache_dir
+        )
+    return net
+
+
+class CampHiVeTimmConfig(TimmWrapperConfig):
+    """Configuration of a pruned timm network: `model_args` holds base, widths, shortcuts and timm's own arguments."""
+
+    model_type = MODEL_TYPE
+    architecture: str = ARCHITECTURE
+
+
+class CampHiVeForImageClassification(TimmWrapperForImageClassification):
+    """A pruned timm network (`timm_model`) with transformers' loading, saving, loss and output."""
+
+    config: CampHiVeTimmConfig
+    config_class = CampHiVeTimmConfig
+
+    def __init__(self, config: CampHiVeTimmConfig) -> None:
+        super().__init__(config)
+        # transformers builds the network without its pretrained_cfg; timm's transforms would fall back to the base's.
+        net = self.timm_model
+        own = {"architecture": config.architecture, "num_classes": config.num_labels}
+        net.pretrained_cfg = net.default_cfg = (
+            _portable(net.pretrained_cfg) | getattr(config, "pretrained_cfg", {}) | own
+        )
+
+    @classmethod
+    def from_timm(
+        cls, net: nn.Module, base: str, model_args: Mapping[str, Any] | None = None, **config: Any
+    ) -> "CampHiVeForImageClassification":
+        """Wrap a network that `resize` can rebuild from the timm architecture `base`; its tensors are shared.
+
+        `model_args` are the timm arguments of the dense network; `config` goes to `CampHiVeTimmConfig`.
+        """
+        args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
+        pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
+        pretrained_cfg["input_size"] = [_input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
+        shape: dict[str, Any] = {"widths": widths_of(net), "shortcuts": shortcuts_of(net)}
+        if attributes := attributes_of(net):
+            shape["attributes"] = attributes
+        config = cls.config_class(
+            num_labels=net.num_classes,
+            num_features=net.num_features,
+            model_args={**args, "base": base, **shape},
+            pretrained_cfg=pretrained_cfg,
+            image_processor_type="TimmWrapperImageProcessor",
+            **config,
+        )
+        # On a real device __init__ would draw new weights; on meta it only proves that the widths rebuild the network.
+        with torch.device("meta"):
+            model = cls(config)
+        model.timm_model = net
+        return model.train(net.training)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        """Save as transformers does, but with timm's own tensor names, so that timm reads the file too."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {name.removeprefix("timm_model."): tensor for name, tensor in state_dict.items()}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _portable(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_SAVED}
+
+
+def _shape(module: nn.Module) -> list[int]:
+    if module.weight is not None:
+        return list(module.weight.shape)
+    if isinstance(module, nn.LayerNorm):  # norms without affine parameters
+        return list(module.normalized_shape)
+    return [module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features]
+
+
+def _loose(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Tensors of a module that is neither a `Shortcut` nor of a kind that has a width."""
+    if isinstance(module, (Shortcut, *_SIZED)):
+        return []
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [(key, tensor) for key, tensor in tensors if tensor.ndim and tensor.is_floating_point()]
+
+
+def _tied(net: nn.Module) -> list[list[str]]:
+    """Names of the parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _resize_tensor(name: str, module: nn.Module, key: str, shape: list[int]) -> None:
+    old = list(getattr(module, key).shape)
+    if len(shape) != len(old):
+        raise ValueError(f"{name}: shape {old} cannot become {shape}")
+    if shape != old:
+        setattr(module, key, _resized(getattr(module, key), shape))
+
+
+def _set_number(name: str, module: nn.Module, key: str, value: Any) -> None:
+    old = vars(module).get(key)
+    if isinstance(value, int) and isinstance(old, int):
+        setattr(module, key, value)
+    elif isinstance(old, (list, tuple)) and not isinstance(value, int) and len(old) == len(value):
+        setattr(module, key, type(old)(value))
+    else:
+        raise ValueError(f"{name} ({type(module).__name__}) holds {key}={old!r}, which cannot become {value!r}")
+
+
+def _module(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(net).__name__} has no module {name!r}: {error}") from error
+
+
+def _implant(net: nn.Module, widths: Widths) -> None:
+    """Turn convolutions whose `reads` or `makes` have widths into `ImplantedConv2d`s that have these children."""
+    parents = {name.rpartition(".")[0] for name in widths if name.rpartition(".")[2] in ("reads", "makes")}
+    for name in sorted(parents):
+        conv = _module(net, name)
+        if isinstance(conv, nn.Conv2d):
+            asked = [f"{name}.{child}" in widths for child in ("reads", "makes")]
+            has = [getattr(conv, child, None) is not None for child in ("reads", "makes")]
+            if asked != has:
+                implanted = ImplantedConv2d(conv, *asked)
+                for child in ("reads", "makes"):
+                    if (old := getattr(conv, child, None)) is not None and getattr(implanted, child) is not None:
+                        setattr(implanted, child, old)
+                net.set_submodule(name, implanted)
+
+
+def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
+    if isinstance(module, Shortcut):
+        module.constant = _resized(module.constant, shape)
+        return
+    if not isinstance(module, _SIZED):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}; only convolutions, linear layers and norms have widths"
+        )
+    old = _shape(module)
+    if shape == old:
+        return
+    if len(shape) != len(old) or shape[2:] != old[2:]:
+        raise ValueError(f"{name}: weight shape {old} cannot become {shape}; only its first two sizes may change")
+    if isinstance(module, nn.Conv2d):
+        module.groups = _groups(name, module, shape)
+        module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = _norm_groups(name, module, shape[0])
+        module.num_channels = shape[0]
+    else:
+        module.num_features = shape[0]
+    # Whatever else a layer holds per output channel (bias, gain, running statistics) follows the weight's first axis.
+    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if key == "weight":
+            module.weight = _resized(tensor, shape)
+        elif tensor.ndim and tensor.shape[0] == old[0]:
+            setattr(module, key, _resized(tensor, [shape[0], *tensor.shape[1:]]))
+
+
+def _groups(name: str, conv: nn.Conv2d, shape: list[int]) -> int:
+    """Groups of a convolution with this weight shape: depthwise follows the channels, any other keeps its number."""
+    if conv.groups == 1:
+        return 1
+    groups = conv.groups
+    if conv.weight.shape[1] == 1:
+        groups = shape[0] // (conv.out_channels // conv.groups)
+    elif shape[1] == 1 and shape[0] % groups:
+        groups = shape[0]  # narrowed to one channel per group, it became depthwise, and lost groups afterwards
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(f"{name}: {shape[0]} output channels cannot be split into its {conv.groups} groups evenly")
+    return groups
+
+
+def _norm_groups(name: str, norm: nn.GroupNorm, channels: int) -> int:
+    """Groups of a GroupNorm with so many channels: each keeps its size, unless there is only one."""
+    if norm.num_groups == 1:
+        return 1
+    size = norm.num_channels // norm.num_groups
+    if channels % size:
+        raise ValueError(f"{name}: {channels} channels cannot be split into its norm groups of {size}")
+    return channels // size
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    new = tensor.detach().new_zeros(shape)
+    corner = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
+    new[corner] = tensor.detach()[corner]
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+_UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
+def _update_features(net: nn.Module) -> None:
+    """Set num_features, head_hidden_size and feature_info to what a forward pass on the meta device shows."""
+    tensors = [*net.parameters(), *net.buffers()]
+    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in net.parameters()}
+    twin = copy.deepcopy(net, memo).eval()  # shares nothing with the network and costs no memory
+
+    def channels(x: Tensor) -> int:
+        return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
+
+    def note(info: dict, output: Any) -> None:
+        if isinstance(output, Tensor):  # some blocks give several
+            info["num_chs"] = channels(output)
+
+    infos = [dict(info) for info in getattr(net, "feature_info", ())]
+    modules = dict(twin.named_modules())
+    for info in infos:
+        if info["module"] in modules:  # some networks tell of modules that they do not have
+            modules[info["module"]].register_forward_hook(lambda module, inputs, output, info=info: note(info, output))
+    size = (_input_channels(net), *net.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
+    try:
+        with torch.no_grad():
+            features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=tensors[0].dtype))
+            hidden = twin.forward_head(features, pre_logits=True)
+            twin.forward_head(features)
+    except _UNFIT as error:
+        raise ValueError(f"{type(net).__name__} does not run with these widths: {error}") from error
+    if getattr(net, "embed_dim", None) == net.num_features:
+        net.embed_dim = channels(features)
+    net.num_features = channels(features)
+    if hasattr(net, "head_hidden_size"):
+        net.head_hidden_size = channels(hidden)
+    if infos:
+        net.feature_info = infos
+
+
+def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
+    """Saved widths, with the input channels and classes that `net` was asked for (no classifier: none)."""
+    fitted = {name: list(shape) for name, shape in widths.items()}
+    for name in _names(net.pretrained_cfg.get("first_conv")):
+        if name in fitted:
+            fitted[name][1] = _shape(_module(net, name))[1]
+    for name in _names(net.pretrained_cfg.get("classifier")):
+        if isinstance(_module(net, name), nn.Identity):
+            fitted.pop(name, None)
+        elif name in fitted:
+            fitted[name][0] = _shape(_module(net, name))[0]
+    return fitted
+
+
+def _input_channels(net: nn.Module) -> int:
+    """Channels of an image: what the first convolution reads, less what a space-to-depth stem makes of each."""
+    folded = math.prod(module.bs**2 for module in net.modules() if isinstance(module, SpaceToDepth))
+    for name in _names(net.pretrained_cfg.get("first_conv")):
+        return net.get_submodule(name).in_channels // folded
+    return net.pretrained_cfg.get("input_size", (3,))[0]
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+if not is_model(ARCHITECTURE):  # a copy of this file may have been imported from a saved folder before
+    register_model(camphive)
+AutoConfig.register(MODEL_TYPE, CampHiVeTimmConfig, exist_ok=True)
+AutoModelForImageClassification.register(CampHiVeTimmConfig, CampHiVeForImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    CampHiVeTimmConfig,
+    image_processor_classes={"torchvision": TimmWrapperImageProcessor, "pil": TimmWrapperImageProcessor},
+    exist_ok=True,
+)
+# Saving copies this file and cifar.py beside the weights, and names them in config.json as remote code.
+CampHiVeTimmConfig.register_for_auto_class("AutoConfig")
+CampHiVeForImageClassification.register_for_auto_class("AutoModelForImageClassification")
