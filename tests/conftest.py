@@ -13,7 +13,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 def accelerator():
     """An `Accelerator` of one process that leaves nothing behind for the next test."""
     from accelerate.state import AcceleratorState, GradientState
-    from test_training import fresh_accelerator
+    from support.training import fresh_accelerator
 
     yield fresh_accelerator()
     AcceleratorState._reset_state(True)

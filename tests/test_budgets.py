@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_planning import chain, config
+from support.chains import chain, config
 
 from hf_camphive.budgets import absolute, dense_sizes, is_finished, next_targets, overall_budgets
 from hf_camphive.errors import PlanError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import images
+from support.toys import images
 
 from hf_camphive.calibration import Calibration
 from hf_camphive.errors import DataError

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from brief import skip_folding, time_briefly
 from PIL import Image
+from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
 
 import hf_camphive

@@ -7,7 +7,7 @@ from itertools import pairwise
 import datasets
 import pytest
 import torch
-from toys import ToyResNet, images, randomise
+from support.toys import ToyResNet, images, randomise
 
 from hf_camphive import comparison
 from hf_camphive.comparison import Comparison, grid

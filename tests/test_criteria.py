@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.scoring import WEIGHT_SPACE, SmallResNet, evidence, subject_for
+from support.toys import ToyResNet
 from torch import Tensor, nn
-from toys import Block, ToyResNet, images, randomise, seeded
 
 from hf_camphive import second_order
 from hf_camphive.config import CampHiVeConfig
@@ -19,46 +20,6 @@ from hf_camphive.second_order import greedy_marginals
 from hf_camphive.spectrum import Eigenpairs, eigenpairs_of
 from hf_camphive.traces import Estimate, Traces
 from hf_camphive.tracing import trace_network
-
-
-def evidence(net=None, count: int = 12, batches: tuple[int, ...] = (5, 7), size: int = 8, **config) -> Evidence:
-    torch.manual_seed(0)
-    net = randomise(net or ToyResNet())
-    trace = trace_network(net, (3, size, size))
-    state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
-    x, labels = images(count, size), torch.arange(count) % 3
-    return Evidence(
-        trace,
-        state,
-        x.split(batches),
-        labels.split(batches),
-        torch.arange(count).split(batches),
-        count,
-        CampHiVeConfig(calibration_size=16, curvature_images=count, **config),
-    )
-
-
-class SmallResNet(nn.Module):
-    """Stem, one residual block, head: few enough weights for dense matrices in weight space."""
-
-    def __init__(self, act: type[nn.Module] = nn.SiLU) -> None:
-        super().__init__()
-        with seeded():
-            self.stem, self.bn, self.act = nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2), act()
-            self.block1 = Block(2, 5, 2, act)
-            self.pool, self.flatten, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.flatten(self.pool(self.block1(self.act(self.bn(self.stem(x)))))))
-
-
-WEIGHT_SPACE = ("hive-paper", "hap")  # products with all weights: laws are tried on a small network
-
-
-def subject_for(name: str, act: type[nn.Module] = nn.SiLU) -> Evidence:
-    if name in WEIGHT_SPACE:
-        return evidence(SmallResNet(act), 3, (2, 1), 3)
-    return evidence(ToyResNet(act))
 
 
 def exact_diagonal(product, size: int, *_, **settings) -> Traces:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from scipy.sparse.linalg import LinearOperator, eigsh
+from support.toys import Chain, ToyResNet, images, randomise
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toys import Chain, ToyResNet, images, randomise
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.curvature import (

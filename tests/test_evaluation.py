@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CONFIG, Images, Net, accuracy_by_hand, same
+from support.training import CONFIG, Images, Net, accuracy_by_hand, same
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from toys import Chain, ToyResNet, images, randomise, relative_error
+from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.branches import droppable_branches
 from hf_camphive.errors import PlanError

@@ -17,9 +17,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from fake_hub import FakeHub
 from PIL import Image
-from test_modeling import aligned
+from support.fake_hub import FakeHub
+from support.tensors import aligned
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 

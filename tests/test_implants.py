@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from brief import time_briefly
-from toys import ToyResNet, images, randomise, relative_error
+from support.brief import time_briefly
+from support.toys import ToyResNet, images, randomise, relative_error
 from transformers import AutoModelForImageClassification
 
 import hf_camphive

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from support.toys import Block, Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import Block, Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive import timing
 from hf_camphive.branches import droppable_branches

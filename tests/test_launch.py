@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import CONFIG, fresh_accelerator
+from support.training import CONFIG, fresh_accelerator
 
 from hf_camphive.errors import ConfigError
 

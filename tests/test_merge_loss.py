@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_criteria import evidence
-from toys import Chain, images, randomise
+from support.scoring import evidence
+from support.toys import Chain, images, randomise
 
 from hf_camphive import criteria
 from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE

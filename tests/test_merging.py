@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_surgery import plan_with
+from support.plans import plan_with
+from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
-from toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.graph import named_tensors

@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from support.tensors import aligned
 from timm.layers import SpaceToDepth
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -54,13 +55,6 @@ def build(name: str, seed: int = 0, **kwargs) -> nn.Module:
 
 def image(net: nn.Module, size: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1)).to(next(net.parameters()))
-
-
-def aligned(net: nn.Module) -> nn.Module:
-    """Move tensors off the file mapping: a linear layer rounds differently where its weight is not 64-byte aligned."""
-    for tensor in (*net.parameters(), *net.buffers()):
-        tensor.data = tensor.data.clone()
-    return net.eval()
 
 
 def narrowed(net: nn.Module, slots: list[str], keep: list[int]) -> nn.Module:

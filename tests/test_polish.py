@@ -7,8 +7,8 @@ from threading import Barrier, Thread
 import pytest
 import torch
 import torch.nn.functional as F
+from support.toys import ToyResNet, images, randomise
 from torch import nn
-from toys import ToyResNet, images, randomise
 
 from hf_camphive.calibration import Calibration
 from hf_camphive.evaluation import batchnorms

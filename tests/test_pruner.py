@@ -14,12 +14,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from brief import measure_briefly, skip_folding, time_briefly
 from PIL import Image
+from support.brief import measure_briefly, skip_folding, time_briefly
+from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
 from torch import nn
 
 import hf_camphive
-from hf_camphive import checkpoints, hub, pruner, steps, training
+from hf_camphive import hub, pruner, steps
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
@@ -33,30 +34,11 @@ from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport
 from hf_camphive.resume import IterationMemory
 
-CONFIG = CampHiVeConfig(
-    calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0
-)
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process: not an error that anything catches."""
-
 
 @pytest.fixture(autouse=True)
 def brief_latency(monkeypatch):
     time_briefly(monkeypatch)
     skip_folding(monkeypatch)
-
-
-def digits(net, config=CONFIG):
-    return load_loaders("digits", net, config, workers=0, max_train_samples=256, max_eval_samples=100)
-
-
-def pruned(config=CONFIG, model="digits_resnet", **options) -> CampHiVePruner:
-    """A pruner that has run."""
-    job = CampHiVePruner(model, config)
-    job.run(digits(job.base.net, config), **options)
-    return job
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -410,32 +392,6 @@ def test_without_a_training_split_a_run_says_that_it_did_not_finetune():
 
 
 TWO_CYCLES = replace(CONFIG, cycles=2, num_train_epochs=2, criterion="random", merge="lstsq")
-
-
-def kill_after(monkeypatch, owner, name, count):
-    """Let `owner.name` do its work `count` times, and end the process after that."""
-    real, calls = getattr(owner, name), []
-
-    def deadly(*args, **kwargs):
-        found = real(*args, **kwargs)
-        calls.append(name)
-        if len(calls) == count:
-            raise Killed
-        return found
-
-    monkeypatch.setattr(owner, name, deadly)
-
-
-KILLS = {
-    "before the first cycle": (pruner, "save_progress", 1),
-    "after the first cycle": (pruner, "save_progress", 2),
-    "before the second cycle is kept": (steps, "apply_plan", 2),
-    "after the last cycle": (pruner, "save_progress", 3),
-    "before finetuning": (pruner, "save_progress", 4),
-    "in the first epoch": (training._Job, "run_epoch", 1),
-    "after the first epoch": (checkpoints.CheckpointStore, "save", 1),
-    "after finetuning": (pruner, "finetune", 1),
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from brief import time_briefly
+from support.brief import time_briefly
 
 from hf_camphive.results import Results
 

@@ -5,9 +5,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_surgery import plan_with, random_plan
+from support.plans import plan_with, random_plan
+from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
-from toys import Chain, ToyResNet, images, randomise, relative_error
 
 import hf_camphive.reconstruction as reconstruction
 from hf_camphive.graph import named_tensors

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
+from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.errors import CampHiVeError, CurvatureError
@@ -18,18 +19,6 @@ from hf_camphive.spectrum import (
     lanczos,
     power_iteration,
 )
-
-
-def seed(number: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(number)
-
-
-def with_spectrum(values) -> Tensor:
-    """A symmetric matrix with these eigenvalues and random eigenvectors."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=seed(99), dtype=torch.float64)).Q
-    return basis @ torch.diag(values) @ basis.T
-
 
 power = partial(power_iteration, dtype=torch.float64)
 krylov = partial(lanczos, dtype=torch.float64)

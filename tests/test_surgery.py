@@ -5,16 +5,13 @@ import copy
 import pytest
 import timm
 import torch
-from toys import Chain, ToyResNet, images, randomise, relative_error
+from support.plans import plan_with, random_plan
+from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
-from hf_camphive.branches import droppable_branches, exterior_groups
-from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import PlanError
 from hf_camphive.graph import named_tensors
-from hf_camphive.plan import ChannelCut, PrunePlan
-from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.surgery import apply_plan, check_groups, mask_state
-from hf_camphive.tracing import Trace, trace_network
+from hf_camphive.tracing import trace_network
 
 NETWORKS = [
     "resnet18",
@@ -28,23 +25,6 @@ NETWORKS = [
     "resnext50_32x4d",
     "ghostnet_100",
 ]
-
-
-def plan_with(trace: Trace, keep: dict[str, tuple[int, ...]], dropped: tuple[str, ...] = ()) -> PrunePlan:
-    cuts = tuple(ChannelCut(name, kept) for name, kept in keep.items())
-    return PrunePlan(trace.groups, droppable_branches(trace), cuts, dropped, "random", "none", 2, 1)
-
-
-def random_plan(net, trace: Trace, seed: int, share: float, scope: str = "all") -> PrunePlan:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: tuple(t.shape) for name, t in named_tensors(net).items()}
-    network = Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
-    # Every fifth group is worth next to nothing, so that some residual branches are emptied.
-    scores = {
-        g.name: torch.rand(g.size, generator=generator) * (1e-3 if i % 5 == 1 else 1)
-        for i, g in enumerate(trace.groups)
-    }
-    return make_plan(network, scores, int(network.macs * share), CampHiVeConfig(scope=scope))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_spectrum import seed, with_spectrum
+from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.errors import CurvatureError

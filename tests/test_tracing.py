@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
+from support.toys import Block, Chain, Toy, ToyResNet, images, randomise
 from torch import Tensor, nn
-from toys import Block, Chain, Toy, ToyResNet, images, randomise
 
 from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.errors import ModelError

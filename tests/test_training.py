@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,93 +15,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import GradientState
+from support.training import (
+    CLASSES,
+    CONFIG,
+    SIZE,
+    Images,
+    Net,
+    accuracy_by_hand,
+    fresh_accelerator,
+    interrupted,
+    loaders,
+    same,
+)
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hf_camphive import precision as precisions
-from hf_camphive.checkpoints import CheckpointStore
-from hf_camphive.config import CampHiVeConfig
 from hf_camphive.errors import ConfigError, DataError, TrainingError
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.launch import make_accelerator
 from hf_camphive.optimization import classification_loss, warmup_cosine
 from hf_camphive.precision import choose_precision
 from hf_camphive.training import finetune, train_head
-
-CLASSES, SIZE = 7, 6
-CONFIG = CampHiVeConfig(mixed_precision="no", learning_rate=0.05, num_train_epochs=2.0, distillation=0.0)
-
-
-class Images(Dataset):
-    """Noisy class patterns; `jitter` draws from the global generators, as augmentations do."""
-
-    def __init__(self, rows: int, jitter: bool = False, seed: int = 0):
-        patterns = torch.randn(CLASSES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.randint(CLASSES, (rows,), generator=generator)
-        self.images = patterns[self.labels] + 0.5 * torch.randn(rows, 3, SIZE, SIZE, generator=generator)
-        self.jitter = jitter
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        image = self.images[i]
-        if self.jitter:
-            image = image + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * float(np.random.rand())
-        return {"pixel_values": image, "labels": int(self.labels[i])}
-
-
-class Net(nn.Module):
-    def __init__(self, norm: bool = True, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            self.conv = nn.Conv2d(3, 8, 3, padding=1)
-            self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
-            self.fc = nn.Linear(8 * 9, CLASSES)
-        self.to(dtype)
-
-    def get_classifier(self):
-        return self.fc
-
-    def forward(self, x):
-        return self.fc(F.avg_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
-
-
-@dataclass(frozen=True)
-class Loaders:
-    calibration: DataLoader
-    train: DataLoader
-    validation: DataLoader | None
-
-
-def loaders(rows=50, batch=8, jitter=False, validation=20):
-    return Loaders(
-        DataLoader(Images(21, seed=3), batch_size=8),
-        DataLoader(Images(rows, jitter), batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(7)),
-        DataLoader(Images(validation, seed=2), batch_size=8) if validation else None,
-    )
-
-
-def fresh_accelerator(config=CONFIG):
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    return make_accelerator(config)
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def accuracy_by_hand(net, dataset):
-    with torch.no_grad():
-        order = net.eval()(dataset.images).argsort(dim=1, descending=True)
-    hit = order == dataset.labels[:, None]
-    return hit[:, 0].double().mean().item(), hit[:, :5].any(1).double().mean().item()
-
 
 # ---- loss and schedule
 
@@ -279,24 +215,6 @@ def test_no_training_images_are_refused(accelerator):
 
 
 # ---- checkpoints
-
-
-class Stop(Exception):
-    pass
-
-
-def interrupted(net, config, accelerator, folder, after, monkeypatch, given=None):
-    """Finetune, and die right after the checkpoint of epoch `after`."""
-    save = CheckpointStore.save
-
-    def save_then_stop(store, progress):
-        save(store, progress)
-        if len(progress.epochs) == after:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(CheckpointStore, "save", save_then_stop)
-        finetune(net, given or loaders(jitter=True), config, accelerator, Net(), folder)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(accelerator, tmp_path, monkeypatch):

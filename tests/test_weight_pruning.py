@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from brief import skip_folding, time_briefly
-from test_criteria import subject_for
-from test_pruner import KILLS, Killed, digits, kill_after, pruned
-from test_training import CONFIG as TRAINING
-from test_training import Net, interrupted, loaders
+from support.brief import skip_folding, time_briefly
+from support.runs import KILLS, Killed, digits, kill_after, pruned
+from support.scoring import subject_for
+from support.training import CONFIG as TRAINING
+from support.training import Net, interrupted, loaders
 
 import hf_camphive
 from hf_camphive import steps

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.toys import images, randomise, relative_error, seeded
 from timm.layers import LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, nn
-from toys import images, randomise, relative_error, seeded
 from transformers import AutoModelForImageClassification, ConvNextConfig, ViTConfig
 
 from hf_camphive.errors import ModelError

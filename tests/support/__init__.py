@@ -1,0 +1,1 @@
+"""What tests share: toy networks, small datasets, killed runs, a loopback Hub."""

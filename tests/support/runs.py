@@ -1,0 +1,51 @@
+"""Short whole runs on the bundled digits, and ways to kill them."""
+
+from hf_camphive import checkpoints, pruner, steps, training
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.data import load_loaders
+from hf_camphive.pruner import CampHiVePruner
+
+CONFIG = CampHiVeConfig(
+    calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0
+)
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process: not an error that anything catches."""
+
+
+def digits(net, config=CONFIG):
+    return load_loaders("digits", net, config, workers=0, max_train_samples=256, max_eval_samples=100)
+
+
+def pruned(config=CONFIG, model="digits_resnet", **options) -> CampHiVePruner:
+    """A pruner that has run."""
+    job = CampHiVePruner(model, config)
+    job.run(digits(job.base.net, config), **options)
+    return job
+
+
+def kill_after(monkeypatch, owner, name, count):
+    """Let `owner.name` do its work `count` times, and end the process after that."""
+    real, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == count:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+KILLS = {
+    "before the first cycle": (pruner, "save_progress", 1),
+    "after the first cycle": (pruner, "save_progress", 2),
+    "before the second cycle is kept": (steps, "apply_plan", 2),
+    "after the last cycle": (pruner, "save_progress", 3),
+    "before finetuning": (pruner, "save_progress", 4),
+    "in the first epoch": (training._Job, "run_epoch", 1),
+    "after the first epoch": (checkpoints.CheckpointStore, "save", 1),
+    "after finetuning": (pruner, "finetune", 1),
+}
