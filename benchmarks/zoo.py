@@ -135,7 +135,10 @@ def reloads(name: str, small: nn.Module, size: tuple[int, int, int]) -> bool:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         CampHiVeForImageClassification.from_timm(small, name).save_pretrained(folder)
         expected = aligned(small.eval())(image)
-        for reader in (AutoModelForImageClassification.from_pretrained(folder).eval(), from_timm(folder)):
+        for reader in (
+            AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).eval(),
+            from_timm(folder),
+        ):
             net = getattr(reader, "timm_model", reader)
             state = net.state_dict()
             same = all(torch.equal(tensor, state[key]) for key, tensor in small.state_dict().items())

@@ -21,7 +21,7 @@ from .card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
 from .config import CONFIG_FILE, CampHiVeConfig
 from .errors import ModelError, OutputError
 from .expansion import EXPANSION_FILE, Expansion
-from .modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification
+from .modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
 from .plan import PLAN_FILE, PrunePlan, plans_to_json
 from .report import REPORT_FILE, PruneReport
 
@@ -153,8 +153,10 @@ def from_pretrained(
 ) -> CampHiVeForImageClassification:
     """Load a pruned model from a folder or the Hub; runs no code from there.
 
-    `kwargs` go to transformers' `from_pretrained` (dtype, device_map, token, ...). Raises ModelError on anything that
-    is not a whole model of ours.
+    Weights come from safetensors only. `kwargs` go to transformers' `from_pretrained` (dtype, device_map, token, ...).
+
+    Raises:
+        ModelError: On anything that is not a whole model of ours, or whose config.json asks for other files.
     """
     source = str(path_or_id)
     where = {"revision": revision} if revision else {}
@@ -173,11 +175,14 @@ def from_pretrained(
             f"{source} is a model of type {kind!r} that was not saved by hf_camphive; load it with "
             "transformers.AutoModelForImageClassification or timm.create_model"
         )
-    resized = kwargs.pop("ignore_mismatched_sizes", False)
     try:
-        model, found = CampHiVeForImageClassification.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **where, **kwargs
-        )
+        check_config(values)
+    except ValueError as error:
+        raise ModelError(f"{source} is refused: {error}") from error
+    resized = kwargs.pop("ignore_mismatched_sizes", False)
+    how = {**kwargs, **where, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    try:
+        model, found = CampHiVeForImageClassification.from_pretrained(source, **how)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, HTTPError) as error:
         raise _damaged(source, _first_line(error)) from error
     if found["missing_keys"]:

@@ -27,6 +27,7 @@ __all__ = [
     "ImplantedConv2d",
     "Shortcut",
     "attributes_of",
+    "check_config",
     "resize",
     "shortcuts_of",
     "widths_of",
@@ -44,6 +45,41 @@ _NOT_SAVED = {
     *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
     *("num_classes", "label_names", "label_descriptions", "label_offset"),
 }
+# The arguments that a config.json may give: those of `camphive`, and those by which timm's networks describe their
+# layers. Others reach loaders: `timm.create_model(checkpoint_path=...)` opens any file, before timm 1.0.26 as a pickle.
+_MODEL_ARGS = frozenset(
+    (
+        "base widths shortcuts attributes "
+        # what goes in and comes out
+        "num_classes in_chans img_size global_pool output_stride num_features feature_dim head_hidden_size "
+        "head_bias head_norm head_norm_first head_init_scale head_conv_bias final_norm fc_norm use_fc_norm "
+        "distillation distilled strict_img_size dynamic_img_size dynamic_img_pad pool_size pool_include_prefix "
+        # dropout
+        "drop_rate drop_path_rate drop_block_rate attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate "
+        "head_drop_rate "
+        # kinds of layers: timm looks their names up in its own tables
+        "act_layer norm_layer norm_layer_cl norm_eps aa_layer se_layer attn_layer attn_type attn_types pad_type "
+        "bn_tf bn_eps bn_momentum init_values ls_init_value weight_init layer_scale_init_value "
+        "layer_scale_init_values zero_init_last fix_init conv_init "
+        # convolutional networks
+        "layers depths dims channels cardinality base_width groups growth_rate bn_size kernel_size kernel_sizes "
+        "expand_ratio expand_ratios bottle_ratio rd_ratio rd_divisor width width_mult width_factor depth_mult "
+        "widen_factor deepen_factor ch_div se_ratio stem_type stem_size stem_width stem_chs stem_stride "
+        "stem_kernel_size stem_bias fix_stem avg_down down_kernel_size replace_stem_pool block_reduce_first "
+        "block_args conv_bias conv_mlp use_grn token_mixers mlp_bias memory_efficient inference_mode reparam "
+        # transformers
+        "patch_size depth embed_dim embed_dims num_heads heads head_dim mlp_ratio mlp_ratios qkv_bias qkv_fused "
+        "proj_bias qk_norm class_token no_embed_class reg_tokens num_reg_tokens pre_norm use_post_norm pos_embed "
+        "use_pos_embed use_abs_pos_emb use_rel_pos_bias rope_type use_shared_rel_pos_bias use_rot_pos_emb "
+        "rope_temperature rope_grid_offset rope_grid_indexing rope_rotate_half ref_feat_shape window_size "
+        "window_sizes window_ratio pretrained_window_sizes always_partition patch_norm sr_ratios swiglu_mlp "
+        "scale_mlp scale_attn_inner"
+    ).split()
+)
+# What `timm.create_model` hands on to `camphive` besides: its own parameters, which no config.json can set, and places.
+_FROM_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "device", "dtype"}
+# The entries of a pretrained_cfg that lead timm to other weights than those beside the config.json.
+_OTHER_WEIGHTS = ("file", "url", "state_dict", "hf_hub_filename")
 
 
 class Shortcut(nn.Module):
@@ -186,6 +222,38 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Att
         _update_features(net)
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json by which timm would open other files than the weights beside it.
+
+    Reads `model_args` and `pretrained_cfg` of the values of a config.json, in timm's layout or this package's.
+
+    Raises:
+        ValueError: Where `model_args` names anything but arguments of an architecture, or `pretrained_cfg` another
+            place of weights.
+    """
+    args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg", config) or {}
+    for name, values in (("model_args", args), ("pretrained_cfg", cfg)):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{name} in config.json is a {type(values).__name__}, not a table; get the file again")
+    _check_arguments(args)
+    places = [name for name in _OTHER_WEIGHTS if cfg.get(name)]
+    if not isinstance(cfg.get("custom_load", False), (bool, type(None))):
+        places.append("custom_load")
+    if places:
+        raise ValueError(
+            f"pretrained_cfg in config.json gives another place of weights ({', '.join(places)}), which may hold code; "
+            "only the model.safetensors beside it is read: remove these entries if you trust the rest"
+        )
+
+
+def _check_arguments(args: Iterable[str]) -> None:
+    if foreign := sorted(set(args) - _MODEL_ARGS):
+        raise ValueError(
+            f"model_args in config.json holds {', '.join(foreign)}, which does not describe a network and might make timm "
+            "open other files; remove it if you trust the rest"
+        )
+
+
 def camphive(
     pretrained: bool = False,
     *,
@@ -197,8 +265,10 @@ def camphive(
 ) -> nn.Module:
     """Entry point of timm: the architecture `base` with these widths, shortcuts and attributes.
 
-    `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture. Raises ValueError
-    where the widths do not fit `base`, or timm does not know it.
+    `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture.
+
+    Raises:
+        ValueError: Where the widths do not fit `base`, timm does not know it, or `check_config` refuses the arguments.
     """
     if kwargs.pop("features_only", False):
         raise ValueError("features_only is not available for pruned networks; call forward_intermediates instead")
@@ -206,6 +276,10 @@ def camphive(
         raise ValueError(f"timm {timm.__version__} does not know the architecture {base!r}; a newer timm may")
     cache_dir = kwargs.pop("cache_dir", None)
     kwargs.pop("pretrained_model_args", None)
+    _check_arguments(kwargs.keys() - _FROM_TIMM)
+    cfg = kwargs.get("pretrained_cfg")
+    if isinstance(cfg, Mapping) and cfg.get("source"):  # read from a config.json; `file` is then timm's own
+        check_config({"pretrained_cfg": {name: value for name, value in cfg.items() if name != "file"}})
     net = timm.create_model(base, pretrained=False, **kwargs)
     net.pretrained_cfg["architecture"] = ARCHITECTURE
     resize(net, _with_ends_of(net, widths or {}), shortcuts or {}, attributes)
@@ -230,6 +304,9 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
     config_class = CampHiVeTimmConfig
 
     def __init__(self, config: CampHiVeTimmConfig) -> None:
+        check_config({"model_args": config.model_args, "pretrained_cfg": getattr(config, "pretrained_cfg", None)})
+        if config.architecture != ARCHITECTURE:  # "hf-hub:..." would make timm read a config from elsewhere
+            raise ValueError(f"architecture in config.json is {config.architecture!r}, not {ARCHITECTURE!r}")
         super().__init__(config)
         # transformers builds the network without its pretrained_cfg; timm's transforms would fall back to the base's.
         net = self.timm_model

@@ -252,6 +252,10 @@ def _read_config(folder: Path, model_id: str) -> dict[str, Any]:
             f"{model_id!r} is a model of type {kind!r}, not a timm image classifier; many networks are on the Hub as "
             f"timm models too, for instance {_EXAMPLE}"
         )
+    try:
+        modeling_camphive.check_config(config)
+    except ValueError as error:
+        raise ModelError(f"{model_id!r} is refused: {error}") from error
     pruned = config.get("model_type") == modeling_camphive.MODEL_TYPE
     args = config.get("model_args") or {}
     name = args.get("base") if pruned else architecture

@@ -19,6 +19,7 @@ import timm
 import torch
 from PIL import Image
 from support.fake_hub import FakeHub
+from support.hostile import plant
 from support.tensors import aligned
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -400,7 +401,14 @@ for source in (folder, "tester/small"):
     made = pipeline("image-classification", model=source, trust_remote_code=True)
     logits["pipeline " + source] = aligned(made.model)(pixels).logits.tolist()
 labels = [model.config.id2label[i] for i in range(10)]
-print("RESULT" + json.dumps({{"module": type(model).__module__, "labels": labels, "logits": logits}}))
+result = {{"module": type(model).__module__, "labels": labels, "logits": logits, "refused": ""}}
+import timm
+timm.models._factory.load_checkpoint = lambda net, path, **options: torch.load(path, weights_only=False)  # timm 1.0.25
+try:
+    AutoModelForImageClassification.from_pretrained(sys.argv[3], trust_remote_code=True)
+except ValueError as error:
+    result["refused"] = str(error)
+print("RESULT" + json.dumps(result))
 """
 
 
@@ -416,12 +424,13 @@ def served(folder, pixels, tmp_path_factory):
     (local / "checkpoints").mkdir()
     (local / "checkpoints" / "optimizer.bin").write_bytes(b"pickle")
     (local / "trained.pt").write_bytes(b"pickle")
+    plant(shutil.copytree(folder, home / "hostile"), "README.md", home / "marker")
     with FakeHub() as fake:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         env |= {"HF_ENDPOINT": fake.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": "hf_x", "OMP_NUM_THREADS": "1"}
         results = []
         for script in (WITH_PACKAGE, WITHOUT_PACKAGE):
-            command = [sys.executable, "-c", script, str(local), str(home / "pixels.pt")]
+            command = [sys.executable, "-c", script, str(local), str(home / "pixels.pt"), str(home / "hostile")]
             run = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=240)
             assert run.returncode == 0, run.stderr[-4000:]
             results.append(json.loads(run.stdout.partition("RESULT")[2]))
@@ -444,6 +453,12 @@ def test_without_the_package_remote_code_gives_the_same_logits(served, logits):
     assert len(result["logits"]) == 4
     for name, value in result["logits"].items():
         assert torch.equal(torch.tensor(value), logits), name
+
+
+def test_the_code_in_a_saved_folder_opens_no_pickle_either(served):
+    (_, result), _, local = served
+    assert "checkpoint_path" in result["refused"]
+    assert not (local.parent / "marker").exists()
 
 
 def test_a_push_is_one_commit_of_our_files(served):

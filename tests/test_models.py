@@ -346,7 +346,7 @@ def test_weights_that_do_not_fit(small):
     with pytest.raises(ModelError, match=r"do not fit its config.json .*Missing key"):
         models.load_base(str(folder))
     edit(folder, architecture="cifar_resnet20", model_args={"wings": 2})
-    with pytest.raises(ModelError, match=r"do not fit its config.json .*wings"):
+    with pytest.raises(ModelError, match=r"model_args .*wings"):
         models.load_base(str(folder))
     edit(folder, model_args=None)
     state = net.state_dict()
