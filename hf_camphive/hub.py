@@ -3,11 +3,12 @@
 A folder is complete or absent: it is written beside its place under a hidden name and renamed.
 """
 
+import json
 import os
+import re
 import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,12 @@ from .report import REPORT_FILE, PruneReport
 
 CARD_FILE = "README.md"
 PLOTS_FOLDER = "plots"
+MODEL_CONFIG_FILE = "config.json"
+# Every file that saving writes, of this package and of transformers; the code is shipped for those without the package.
+_WRITTEN = {
+    *(MODEL_CONFIG_FILE, "model.safetensors", "modeling_camphive.py", "cifar.py"),
+    *(CONFIG_FILE, PLAN_FILE, REPORT_FILE, EXPANSION_FILE, CARD_FILE),
+}
 # Training checkpoints are pickles; they serve to resume a run on the machine that wrote them.
 _NEVER_PUSHED = ["checkpoints/*", "*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
 
@@ -52,7 +59,10 @@ def save_folder(
     """Write the pruned network and all that is known about it, and return the folder.
 
     `plots_from` draws pictures into the folder that it is given. A folder saved before is replaced whole when
-    `overwrite` is set. Raises OutputError where `check_output_folder` does, or when the disk refuses.
+    `overwrite` is set.
+
+    Raises:
+        OutputError: Where `check_output_folder` does, or when the disk refuses.
     """
 
     def fill(temporary: Path) -> None:
@@ -92,31 +102,53 @@ def save_expanded(
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
     """Resolve a folder that `save_folder` may write, and prove it before any work is done.
 
-    An absent or empty folder will do, and with `overwrite` one of ours. Puts a folder back that a run killed in the
-    midst of replacing it left aside. Raises OutputError.
+    An absent or empty folder will do, and with `overwrite` a model folder that holds nothing but what this package
+    writes. Puts a folder back that a run killed in the midst of replacing it left aside.
+
+    Raises:
+        OutputError: Where the folder holds anything else, or its place cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
-    aside = _siblings(folder, "old")
-    if aside and not folder.exists():
-        os.rename(aside.pop(), folder)
-    for stale in aside:
-        shutil.rmtree(stale, ignore_errors=True)
+    _clear_remains(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; the model needs a folder of its own: choose another name")
-    if folder.is_dir() and any(path.name != PLAN_FILE for path in folder.iterdir()):  # a dry run leaves a plan alone
-        if not _is_ours(folder):
-            raise OutputError(
-                f"{folder} is not empty and was not saved by hf_camphive (it has no {CONFIG_FILE}); choose another "
-                "folder, so that nothing of yours is lost"
-            )
-        if not overwrite:
-            raise OutputError(f"{folder} holds a pruned model; choose another folder, or overwrite it (--overwrite)")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {PLAN_FILE}:  # a dry run leaves a plan alone
+        _check_replaceable(folder, overwrite)
     try:
         existing = next(parent for parent in folder.parents if parent.exists())
-        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=existing))
+        probe = _sibling(existing / folder.name, "tmp")
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise OutputError(f"cannot write into {existing} ({error.strerror}); choose a folder elsewhere") from error
     return folder
+
+
+def _clear_remains(folder: Path) -> None:
+    """Put back what a killed run moved aside from this folder's place, or delete it where a newer one stands."""
+    aside = _siblings(folder, "old")
+    whole = [path for path in aside if _is_model(path)]
+    if whole and not folder.exists():
+        os.rename(whole[-1], folder)
+        aside.remove(whole[-1])
+    for stale in aside:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not _is_model(folder):
+        raise OutputError(
+            f"{folder} is not empty and was not saved by hf_camphive: it holds {_several(sorted(os.listdir(folder)))}; "
+            "choose another folder, so that nothing of yours is lost"
+        )
+    if foreign := _foreign(folder):
+        raise OutputError(
+            f"{folder} holds a pruned model, but also {_several(foreign)}, which hf_camphive did not write; move that "
+            "elsewhere or choose another folder, so that nothing of yours is lost"
+        )
+    if not overwrite:
+        raise OutputError(f"{folder} holds a pruned model; choose another folder, or overwrite it (--overwrite)")
 
 
 def _model(net: nn.Module, base: Base) -> CampHiVeForImageClassification:
@@ -144,8 +176,25 @@ def _written(folder: str | Path, fill: Callable[[Path], None], overwrite: bool) 
     return folder
 
 
-def _is_ours(folder: Path) -> bool:
-    return any(Path(folder, name).is_file() for name in (CONFIG_FILE, EXPANSION_FILE))
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model that this package saved, perhaps beside other things."""
+    try:
+        config = json.loads(Path(folder, MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What lies in a folder that saving does not write."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name == PLOTS_FOLDER and path.is_dir() and not path.is_symlink():
+            plots = sorted(path.iterdir())
+            found += [f"{PLOTS_FOLDER}/{plot.name}" for plot in plots if plot.suffix != ".png" or not plot.is_file()]
+        elif path.name not in _WRITTEN or not path.is_file():
+            found.append(path.name)
+    return found
 
 
 def from_pretrained(
@@ -209,8 +258,10 @@ def push_folder(
     are left out. Raises OutputError.
     """
     folder = Path(folder)
-    if not _is_ours(folder):
-        raise OutputError(f"{folder} was not saved by hf_camphive (it has no {CONFIG_FILE}); push a folder that was")
+    if not _is_model(folder):
+        raise OutputError(
+            f"{folder} was not saved by hf_camphive ({MODEL_CONFIG_FILE} is not of a {MODEL_TYPE}); push a folder that was"
+        )
     card = Path(folder, CARD_FILE)
     api = HfApi(token=token)
     try:
@@ -249,8 +300,10 @@ def _sibling(folder: Path, kind: str) -> Path:
 
 
 def _siblings(folder: Path, kind: str) -> list[Path]:
-    prefix = f".{folder.name}.{kind}-"
-    return [path for path in folder.parent.glob(".*") if path.name.startswith(prefix)]
+    """Folders that `_sibling` named and saving filled; anything else beside the folder is the user's."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.{kind}-[0-9a-f]{{8}}")
+    found = [path for path in sorted(folder.parent.glob(".*")) if name.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink() and not _foreign(path)]
 
 
 def _damaged(source: str, fault: str) -> ModelError:
@@ -263,6 +316,10 @@ def _damaged(source: str, fault: str) -> ModelError:
 def _listed(keys: Iterable[str]) -> str:
     names = sorted(key.removeprefix("timm_model.") for key in keys)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _several(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _first_line(error: BaseException) -> str:

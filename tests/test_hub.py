@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -157,21 +158,73 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
 def test_a_foreign_folder_is_never_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="was not saved by hf_camphive"):
+        with pytest.raises(OutputError, match=r"was not saved by hf_camphive.*notes\.txt"):
             save(tmp_path, overwrite=overwrite)
     assert snapshot(tmp_path) == {"notes.txt": b"mine"}
     assert not [path for path in tmp_path.parent.iterdir() if path.name.startswith(f".{tmp_path.name}")]
 
 
+def test_a_project_that_holds_our_settings_is_never_touched(tmp_path):
+    CampHiVeConfig().save_pretrained(tmp_path)
+    (tmp_path / "thesis.tex").write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match=r"was not saved by hf_camphive.*camphive_config\.json, thesis\.tex"):
+        save(tmp_path, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_model_of_another_kind_is_never_touched(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(OutputError, match="was not saved by hf_camphive"):
+        save(tmp_path, overwrite=True)
+    assert snapshot(tmp_path) == {"config.json": b'{"model_type": "resnet"}'}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.tex", "checkpoints/epoch-1.pt", "plots/photo.jpg", "plots/more/widths.png", ".git/HEAD", "report.json/x"],
+)
+def test_what_lies_beside_a_model_of_ours_is_named_and_kept(tmp_path, name):
+    target = save(tmp_path / "x")
+    (target / "report.json").unlink()
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    before = snapshot(target)
+    shown = name if name.startswith("plots/p") else "plots/more" if name.startswith("plots") else name.split("/")[0]
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=rf"{re.escape(shown)}, which hf_camphive did not write"):
+            save(target, overwrite=overwrite)
+    assert snapshot(target) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"x"}
+
+
 def test_our_folder_is_replaced_only_when_asked(tmp_path):
     target = save(tmp_path / "x")
-    (target / "stale.txt").write_text("old")
+    (target / "README.md").write_text("old")
     with pytest.raises(OutputError, match="overwrite"):
         save(target)
-    assert (target / "stale.txt").exists()
+    assert (target / "README.md").read_text() == "old"
     save(target, overwrite=True)
+    assert (target / "README.md").read_text() != "old"
     assert {path.name for path in target.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"x"}
+
+
+def test_a_widened_model_is_replaced_too(tmp_path):
+    (save(tmp_path / "x") / "expansion.json").write_text("{}")
+    save(tmp_path / "x", overwrite=True)
+    assert {path.name for path in (tmp_path / "x").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("name", [".x.old-backup", ".x.old-20240101", ".x.tmp-mine", ".x.tmp-0123456789", ".x.old-"])
+def test_folders_of_similar_names_are_never_touched(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    target = hub.check_output_folder(tmp_path / "x")
+    assert not target.exists()
+    save(save(target), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "x"}
+    assert snapshot(tmp_path / name) == {"thesis.tex": b"mine"}
 
 
 def test_places_that_cannot_be_written_are_refused_up_front(tmp_path):
@@ -264,7 +317,7 @@ def test_a_killed_run_leaves_a_whole_folder_or_none(tmp_path, moment, before, af
     target, old = tmp_path / "x", None
     if before:
         save(target)
-        (target / "old.txt").write_text("old")
+        (target / "README.md").write_text("old")
         old = snapshot(target)
 
     def state() -> str | None:
@@ -272,7 +325,7 @@ def test_a_killed_run_leaves_a_whole_folder_or_none(tmp_path, moment, before, af
             return None
         assert snapshot(target) == old or {path.name for path in target.iterdir()} == FILES - {"plots"}
         assert hub.from_pretrained(target)
-        return "old" if (target / "old.txt").exists() else "new"
+        return "old" if (target / "README.md").read_text() == "old" else "new"
 
     killed_save(target, moment)
     assert state() == after
