@@ -65,7 +65,9 @@ class RunArguments:
     output_dir: str | None = _option(None, "Folder of the pruned model; outputs/<model>-camphive by default.")
     overwrite: bool = _option(False, "Replace a pruned model that stands in the output folder.")
     dry_run: bool = _option(False, "Only plan: print the plan and write prune_plan.json into the output folder.")
-    resume: bool = _option(False, "Go on with a run that was killed, from its last finished cycle or epoch.")
+    resume: bool = _option(
+        False, "Go on with a run that was killed or ended in an error, from its last finished cycle or epoch."
+    )
     push_to_hub: bool = _option(False, "Upload the result (log in with `hf auth login` first).")
     hub_model_id: str | None = _option(None, "Where to upload to: user/name.")
     hub_private_repo: bool = _option(False, "Make the repo private if it is created.")

@@ -85,7 +85,7 @@ class CheckpointStore:
             ):
                 raise ConfigError(
                     f"the checkpoint {checkpoint} is of a run with other settings ({', '.join(differing)}); "
-                    "resume with the same command, or start afresh without --resume"
+                    "resume with the same command, or delete that folder to finetune afresh"
                 )
             self.accelerator.load_state(str(checkpoint))
         except DAMAGED as error:

@@ -108,9 +108,9 @@ def prune(arguments: Sequence[str]) -> None:
     if pruner.accelerator.is_main_process and not run.resume:
         shutil.rmtree(work, ignore_errors=True)
     pruner.accelerator.wait_for_everyone()
-    with _nothing_left_of_errors(work):
+    with _resumable(work):
         report = pruner.run(loaders, command=_command_line(arguments), work_dir=work, resume=run.resume)
-    folder = pruner.save_pretrained(output, overwrite=run.overwrite)
+        folder = pruner.save_pretrained(output, overwrite=run.overwrite)
     if not pruner.accelerator.is_main_process:
         return
     shutil.rmtree(work, ignore_errors=True)
@@ -293,15 +293,26 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _nothing_left_of_errors(folder: Path) -> Iterator[None]:
-    """Remove a folder, and those above it, made within when that ends in an error that the user can mend.
+def _resumable(folder: Path) -> Iterator[None]:
+    """Handle an error that the user can correct, in a run that keeps its state in a folder.
 
-    What was there before stays, and so does what a killed run, or one with a bug, leaves behind.
+    State that was kept stays, and the error says how to go on from it; a `ConfigError` is about that state itself and
+    says so already. Where nothing was kept, the folder and those above it that were made within are removed.
+
+    Raises:
+        CampHiVeError: The error that ended the run.
     """
+    from .resume import has_state
+
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
-    except CampHiVeError:
+    except CampHiVeError as error:
+        if has_state(folder):
+            if isinstance(error, ConfigError):
+                raise
+            kept = f"what the run did so far is kept in {_relative(folder)}: fix this and add --resume"
+            raise type(error)(f"{error}; {kept}") from error
         if folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         for path in made[1:]:

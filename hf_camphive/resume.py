@@ -23,6 +23,7 @@ from .spectrum import State
 
 _ITERATION = "iteration.safetensors"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
+_FREE = ("learning_rate",)  # only finetuning reads it, so that a run whose loss diverged can go on with a lower one
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Progress:
     dense: nn.Module | None
     plans: tuple[PrunePlan, ...]
     report: PruneReport
+
+
+def has_state(work_dir: Path) -> bool:
+    """Whether a run has kept a network in this folder, be it one that a kill left set aside."""
+    return (work_dir / _NETWORK).exists() or any(work_dir.glob(f".{_NETWORK}.old-*"))
 
 
 def training_folder(work_dir: Path) -> Path:
@@ -81,7 +87,7 @@ def save_progress(work_dir: Path, progress: Progress, base: BaseModel, config: C
 def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset_id: str) -> Progress | None:
     """State of a killed run, or None where it had kept nothing.
 
-    Raises `ConfigError` where that run was another one: another config, model or dataset.
+    Raises `ConfigError` where that run was another one: another config (save the learning rate), model or dataset.
     """
     for name in (_NETWORK, _DENSE):
         hub.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
@@ -95,7 +101,7 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset
         for name, old, new in (
             ("model", report.model_id, published(model_id)),
             ("dataset", report.dataset_id, published(dataset_id)),
-            *((key, value, config.to_dict()[key]) for key, value in saved.to_dict().items()),
+            *((key, value, config.to_dict()[key]) for key, value in saved.to_dict().items() if key not in _FREE),
         )
         if old != new
     ]

@@ -1,5 +1,6 @@
 """The command line: every mistake ends in exit code 2, one clear line and nothing written; what is printed is true."""
 
+import errno
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, hub, steps
+from hf_camphive import cli, hub, pruner, steps
 from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.config import PRESETS, CampHiVeConfig
+from hf_camphive.errors import TrainingError
 from hf_camphive.footprint import count_macs
 from hf_camphive.models import load_base
 from hf_camphive.plan import PLAN_FILE, plans_from_json
@@ -176,19 +178,67 @@ def test_a_network_without_anything_to_prune(capsys, monkeypatch):
     assert "no channel group of this network can be pruned" in refused(capsys)
 
 
-def test_a_loss_that_is_not_a_number_leaves_nothing(capsys):
-    message = refused(
-        capsys, "--epochs", "2", "--learning-rate", "1e30", "--per-device-train-batch-size", "32", "--merge", "none"
-    )
-    assert "Lower --learning_rate" in message
+def test_an_error_before_anything_was_kept_leaves_only_what_others_wrote(capsys, monkeypatch):
+    def broken(*arguments):
+        raise TrainingError("the network's outputs are not numbers")
 
-
-def test_an_error_does_not_take_what_others_wrote(capsys):
+    monkeypatch.setattr(pruner, "evaluate_accuracy", broken)
     Path("outputs").mkdir()
     Path("outputs", "mine.txt").write_text("mine")
-    arguments = ["--epochs", "2", "--learning-rate", "1e30", "--per-device-train-batch-size", "32"]
-    assert "Lower --learning_rate" in refused(capsys, *arguments)
+    assert refused(capsys) == "error: the network's outputs are not numbers"
+    assert refused(capsys, "--output-dir", "deep/small") == "error: the network's outputs are not numbers"
     assert Path("outputs", "mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
+    real, written = hub._put_in_place, []
+
+    def limited(temporary, folder):
+        written.append(folder)
+        if len(written) == 3:  # the dense network and the first cycle are on disk, the second cycle finds no space
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(temporary, folder)
+
+    options = ["--cycles", "2", "--merge", "none", "--output-dir", "out/small"]
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_put_in_place", limited)
+        assert prune(*options) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in told
+    assert told.endswith("what the run did so far is kept in out/.small.work: fix this and add --resume")
+    cycles = plans_from_json(Path("out/.small.work/network", PLAN_FILE).read_text())
+    assert len(cycles) == 1
+    assert prune(*options, "--resume") == 0
+    assert [path.name for path in Path("out").iterdir()] == ["small"]
+    assert plans_from_json(Path("out/small", PLAN_FILE).read_text())[:1] == cycles
+
+
+def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
+    real = hub._put_in_place
+
+    def limited(temporary, folder):
+        if folder.name == "small":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(temporary, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_put_in_place", limited)
+        assert prune("--merge", "none", "--output-dir", "small") == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("kept in .small.work: fix this and add --resume")
+    assert [path.name for path in Path.cwd().iterdir()] == [".small.work"]
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_pruned_network(capsys):
+    options = ["--epochs", "2", "--per-device-train-batch-size", "32", "--merge", "none", "--output-dir", "small"]
+    assert prune(*options, "--learning-rate", "1e30") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"Lower --learning_rate.*kept in \.small\.work: fix this and add --resume$", told)
+    pruned = plans_from_json(Path(".small.work/network", PLAN_FILE).read_text())
+    assert len(pruned) == 1
+    assert prune(*options, "--learning-rate", "0.01", "--resume") == 0  # the cure that the error names
+    found = PruneReport.from_json(Path("small", REPORT_FILE).read_text())
+    assert found.config["learning_rate"] == 0.01 and len(found.finetune["epochs"]) == 2
+    assert plans_from_json(Path("small", PLAN_FILE).read_text()) == pruned
 
 
 def test_output_folders_that_hold_something(capsys, saved):

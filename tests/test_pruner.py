@@ -464,7 +464,7 @@ def killed(tmp_path_factory) -> Path:
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"target_macs": 0.4}, "target_macs: None then, 0.4 now"),
-        ({"learning_rate": 0.1, "cycles": 3}, "cycles: 2 then, 3 now; learning_rate: 0.005 then, 0.1 now"),
+        ({"weight_decay": 0.1, "cycles": 3}, "cycles: 2 then, 3 now; weight_decay: 0.0005 then, 0.1 now"),
     ],
     ids=str,
 )

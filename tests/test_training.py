@@ -268,7 +268,7 @@ def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch, 
 
 def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path, monkeypatch):
     interrupted(Net(), CONFIG, accelerator, tmp_path, 1, monkeypatch)
-    with pytest.raises(ConfigError, match=r"other settings \(learning_rate, seed\).*without --resume"):
+    with pytest.raises(ConfigError, match=r"other settings \(learning_rate, seed\).*delete that folder"):
         other = replace(CONFIG, learning_rate=0.1, seed=4)
         finetune(Net(), loaders(), other, accelerator, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(ConfigError, match="network"):
