@@ -70,16 +70,28 @@ class Loaders:
 
 @dataclass(frozen=True)
 class RowTransform:
-    """Rows {column: values} of a dataset to {"pixel_values": tensors [C, H, W], "labels": ints}; can be pickled."""
+    """Rows {column: values} of a dataset to {"pixel_values": tensors [C, H, W], "labels": ints}; can be pickled.
+
+    Raises `DataError` on a damaged image, and on a label that is not below `classes`: streams are checked here only.
+    """
 
     image_transform: Any
     image_column: str
     label_column: str
     mode: str
+    classes: int
+    split: str
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [self.image_transform(decode_image(value).convert(self.mode)) for value in rows[self.image_column]]
-        return {"pixel_values": images, "labels": list(rows[self.label_column])}
+        images, labels = rows[self.image_column], list(rows[self.label_column])
+        for value, number in zip(images, labels):
+            if number is not None and number >= self.classes:
+                raise DataError(
+                    f"label {number} of image {_file_name(value)} in {self.split}: there are {self.classes} classes (0 to "
+                    f"{self.classes - 1}); correct or remove that row"
+                )
+        images = [self.image_transform(decode_image(value).convert(self.mode)) for value in images]
+        return {"pixel_values": images, "labels": labels}
 
 
 class Counted(IterableDataset):
@@ -130,10 +142,6 @@ def load_loaders(
         del splits[split]
     undecoded = datasets.Image(decode=False)
     splits = {s: rows.select_columns([image, label]).cast_column(image, undecoded) for s, rows in splits.items()}
-    train_transform, eval_transform = (
-        RowTransform(transform, image, label, _colour_mode(net))
-        for transform in image_transforms(net, name not in _WRITTEN)
-    )
     options = {
         "calibration_size": config.calibration_size,
         "seed": config.seed,
@@ -144,19 +152,21 @@ def load_loaders(
     if streaming:
         data, described = divide_streams(splits, image, label, **options)
         known = {"calibration": data["calibration"]}
+        labels = {f"the {described['calibration']}": read_labels(data["calibration"], label)}
     else:
-        labels = {split: read_labels(rows, label) for split, rows in splits.items()}
-        parts = divide(labels, **options)
+        of_split = {split: read_labels(rows, label) for split, rows in splits.items()}
+        parts = divide(of_split, **options)
         data = {role: splits[part.split].select(part.rows) for role, part in parts.items()}
         described = {role: str(part) for role, part in parts.items()}
         known = data
-    highest = max(int(read_labels(rows, label).max()) for rows in known.values())
+        used = [parts[role].split for role in ("train", "calibration", "validation", "test") if role in parts]
+        labels = {f"split {split!r}": of_split[split] for split in used}
     info = DatasetInfo(
         dataset_id=name,
         revision=revision_read(dataset_id, splits),
         image_column=image,
         label_column=label,
-        label_names=class_names(features[label], highest, net),
+        label_names=class_names(features[label], labels, net),
         splits=described,
         rows={role: len(rows) for role, rows in known.items()},
     )
@@ -168,16 +178,16 @@ def load_loaders(
             len(data["calibration"]),
             config.calibration_size,
         )
+    train_transform, eval_transform = image_transforms(net, name not in _WRITTEN)
+    row = partial(RowTransform, image_column=image, label_column=label, mode=_colour_mode(net))
     make = partial(_loader, workers=default_workers(net) if workers is None else workers, config=config)
-    return Loaders(
-        calibration=make(data["calibration"], eval_transform),
-        train=make(data["train"], train_transform, training=True, count=max_train_samples)
-        if "train" in data
-        else None,
-        validation=make(data["validation"], eval_transform),
-        test=make(data["test"], eval_transform) if "test" in data else None,
-        info=info,
-    )
+    loaders: dict[str, DataLoader] = {}
+    for role, rows in data.items():
+        training = role == "train"
+        chosen = train_transform if training else eval_transform
+        transform = row(chosen, classes=len(info.label_names), split=described[role])
+        loaders[role] = make(rows, transform, training=training, count=max_train_samples if training else None)
+    return Loaders(loaders["calibration"], loaders.get("train"), loaders["validation"], loaders.get("test"), info)
 
 
 def image_transforms(net: nn.Module, flip: bool = True) -> tuple[transforms.Compose, transforms.Compose]:
@@ -203,10 +213,13 @@ def decode_image(value: Mapping[str, Any]) -> PIL.Image.Image:
     try:
         return datasets.Image().decode_example(value)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
-        name = value.get("path") if isinstance(value, Mapping) else None
         raise DataError(
-            f"image {name or '(without a file name)'} cannot be decoded ({error}); restore it or remove its row"
+            f"image {_file_name(value)} cannot be decoded ({error}); restore it or remove its row"
         ) from error
+
+
+def _file_name(value: Any) -> str:
+    return (value.get("path") if isinstance(value, Mapping) else None) or "(without a file name)"
 
 
 def default_workers(net: nn.Module) -> int:

@@ -21,6 +21,13 @@ ALIASES = {
 }
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values")
 _LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels", "cls", "target", "class")
+_MOST_CLASSES = 100_000  # that integer labels make up; ImageNet-21k has 21,841
+_LEAST_ROWS, _LEAST_SHARE = 2, 0.1  # of an integer that is a class: rows, and rows relative to those of the mean class
+_NAMED = "the dataset names {0} classes (0 to {1}); correct or remove such rows, or name their class too"
+_UNNAMED = (
+    "the network has {0} classes (0 to {1}) and the dataset names none; correct or remove such rows or, if the dataset "
+    "has other classes, name them (`cast_column` to a ClassLabel of `datasets`), and the classifier is replaced"
+)
 
 
 def open_dataset(
@@ -80,15 +87,28 @@ def read_labels(rows: datasets.Dataset, label: str) -> np.ndarray:
     return column.fill_null(-1).to_numpy().astype(np.int64)
 
 
-def class_names(feature: Any, highest: int, net: nn.Module) -> tuple[str, ...]:
-    """One name a class: the dataset's where it names all labels up to `highest`, else the network's, else numbers."""
-    names = tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
-    if highest < len(names):
-        return names
-    if highest < net.num_classes:
+def class_names(feature: Any, labels: Mapping[str, np.ndarray], net: nn.Module) -> tuple[str, ...]:
+    """Return one name per class: the dataset's, else the network's, else the numbers of the training labels.
+
+    `labels` holds those of every split in use, under the name that an error gives it; the first is trained on. The names
+    of the column decide, whatever labels there are. Without names the network's classes hold if the training labels are
+    among them; else these labels must be numbers 0 .. K-1 without a gap and without a rare one. No other label decides.
+
+    Raises:
+        DataError: A label is outside the classes, or a new classifier would have no training rows of it.
+    """
+    training = next(iter(labels))
+    if names := tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ():
+        _check_range(labels, len(names), _NAMED)
+    elif labels[training].max(initial=-1) < net.num_classes or not _are_classes(labels[training]):
         names = tuple(net.pretrained_cfg.get("label_names") or ())
-        return names if len(names) == net.num_classes else tuple(str(i) for i in range(net.num_classes))
-    return tuple(str(i) for i in range(highest + 1))
+        names = names if len(names) == net.num_classes else tuple(str(i) for i in range(net.num_classes))
+        _check_range(labels, len(names), _UNNAMED)
+    else:
+        names = tuple(str(i) for i in range(labels[training].max() + 1))
+    if len(names) != net.num_classes:
+        _check_trained(labels, training, net)
+    return names
 
 
 def revision_read(dataset_id: str, splits: Mapping[str, Any]) -> str | None:
@@ -98,6 +118,42 @@ def revision_read(dataset_id: str, splits: Mapping[str, Any]) -> str | None:
             if commits := [part for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)]:
                 return commits[-1]
     return dataset_id.partition("@")[2] or None
+
+
+def _are_classes(labels: np.ndarray) -> bool:
+    """Whether integers [rows] are the classes 0 .. K-1 of a dataset, rather than other numbers or some mistakes."""
+    values, rows = np.unique(labels, return_counts=True)
+    least = max(_LEAST_ROWS, _LEAST_SHARE * rows.mean())
+    return values[0] == 0 and values[-1] == len(values) - 1 < _MOST_CLASSES and bool((rows >= least).all())
+
+
+def _check_range(labels: Mapping[str, np.ndarray], classes: int, reason: str) -> None:
+    for place, values in labels.items():
+        if (wrong := values >= classes).any():
+            raise DataError(f"{_located(values, wrong, place)}: {reason.format(classes, classes - 1)}")
+
+
+def _check_trained(labels: Mapping[str, np.ndarray], training: str, net: nn.Module) -> None:
+    known = np.append(np.unique(labels[training]), -1)  # -1 is a row without a label
+    for place, values in labels.items():
+        if (wrong := ~np.isin(values, known)).any():
+            raise DataError(
+                f"{_located(values, wrong, place)}: {training} has no such row to train a new classifier on, and the "
+                f"network's {net.num_classes} classes are others; add such rows to {training}, or remove them from {place}"
+            )
+
+
+def _located(labels: np.ndarray, wrong: np.ndarray, place: str) -> str:
+    """Labels where `wrong` holds and their rows, in words; the rarest label first, as it is the likeliest mistake."""
+    values, inverse, count = np.unique(labels[wrong], return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(wrong)[np.argsort(count[inverse], kind="stable")]
+    values = values[np.argsort(count, kind="stable")]
+    return f"{_few('label', values)} in {_few('row', rows)} (counted from 0) of {place}"
+
+
+def _few(kind: str, numbers: np.ndarray) -> str:
+    more = f" and {len(numbers) - 3:,} more" if len(numbers) > 3 else ""
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}"
 
 
 def _with_features(streams: Mapping[str, datasets.IterableDataset]) -> dict[str, datasets.IterableDataset]:

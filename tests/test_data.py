@@ -119,7 +119,7 @@ def test_larger_networks_get_timms_own_transforms():
 
 
 def test_row_transforms_can_be_pickled_and_convert_any_mode(net):
-    row = data.RowTransform(data.image_transforms(net)[1], "img", "label", "RGB")
+    row = data.RowTransform(data.image_transforms(net)[1], "img", "label", "RGB", 3, "test")
     row = pickle.loads(pickle.dumps(row))
     for mode in ("L", "RGBA", "P", "CMYK"):
         encoded = Image().encode_example(picture(3).convert(mode))
@@ -279,6 +279,38 @@ def test_integer_labels_keep_their_meaning(tmp_path):
     loaders = data.load_loaders(folder, net, config(), workers=0)
     assert set(read_labels(loaders.calibration)) == {0, 217, 482, 497}
     assert len(loaders.info.label_names) == 1000
+
+
+@pytest.mark.parametrize(("split", "label"), [("train", 3), ("train", 10**12), ("test", 3), ("test", 999)])
+def test_one_wrong_label_is_refused_and_named(split, label, tmp_path, net):
+    parts = {
+        name: rows(
+            60,
+            start,
+            feature=Value("int64"),
+            labels=[label if name == split and i == 41 else i % 3 for i in range(60)],
+        )
+        for name, start in (("train", 0), ("test", 1000))
+    }
+    with pytest.raises(
+        DataError, match=rf"label {label} in row 41 \(counted from 0\) of split '{split}': the network"
+    ):
+        data.load_loaders(save(tmp_path / "d", **parts), net, config(), workers=0)
+
+
+def test_a_wrong_label_of_a_stream_is_refused_where_it_is_read(tmp_path, net):
+    train = rows(60, feature=Value("int64"), labels=[i % 3 for i in range(60)])
+    test = rows(60, 1000, feature=Value("int64"), labels=[7 if i == 41 else i % 3 for i in range(60)])
+    folder = save(tmp_path / "d", train=train, test=test)
+    loaders = data.load_loaders(folder, net, config(), streaming=True, workers=0)
+    assert loaders.info.label_names == ("0", "1", "2")
+    with pytest.raises(
+        DataError, match=r"label 7 of image .* in test: there are 3 classes \(0 to 2\); correct or remove"
+    ):
+        list(loaders.test)
+    folder = save(tmp_path / "e", train=test)
+    with pytest.raises(DataError, match=r"label 7 in row \d+ .* of the \d+ rows of train: the network has 3"):
+        data.load_loaders(folder, net, config(calibration_size=60), streaming=True, workers=0)
 
 
 def test_fewer_rows_than_asked_for_are_all_used_and_said(tmp_path, net, caplog):

@@ -55,15 +55,71 @@ def test_columns_that_are_missing_or_unclear(features, given, message):
         find_columns(features, **given)
 
 
-def test_class_names_follow_the_dataset_then_the_network():
-    net = timm.create_model("cifar_resnet20", num_classes=3)
-    names = ClassLabel(names=["a", "b"])
-    assert class_names(names, 1, net) == ("a", "b")
-    assert class_names(names, 2, net) == ("0", "1", "2")  # labels beyond the names: they are the network's
-    assert class_names(Value("int64"), 1, net) == ("0", "1", "2")
-    assert class_names(Value("int64"), 5, net) == ("0", "1", "2", "3", "4", "5")
-    named = timm.create_model("cifar_resnet20", num_classes=3, pretrained_cfg_overlay={"label_names": NAMES})
-    assert class_names(Value("int64"), 2, named) == ("ant", "bee", "cat")
+def every(*counts):
+    """Labels 0, 1, ... with so many rows each."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def network(classes=3, **config):
+    return timm.create_model("cifar_resnet20", num_classes=classes, pretrained_cfg_overlay=config)
+
+
+def test_class_names_follow_the_dataset_then_the_network_then_the_training_labels():
+    net, numbers = network(), Value("int64")
+    assert class_names(ClassLabel(names=["a", "b"]), {"split 'train'": every(3, 3)}, net) == ("a", "b")
+    assert class_names(ClassLabel(names=NAMES), {"split 'train'": every(3, 3)}, net) == tuple(NAMES)
+    assert class_names(numbers, {"split 'train'": every(3, 3)}, net) == ("0", "1", "2")
+    assert class_names(numbers, {"split 'train'": every(3, 3)}, network(label_names=NAMES)) == tuple(NAMES)
+    splits = {"split 'train'": every(9, 9, 9, 2, 9), "split 'test'": every(1, 1, 1, 1, 1)}
+    assert class_names(numbers, splits, net) == ("0", "1", "2", "3", "4")
+
+
+def test_a_class_that_the_network_knows_needs_no_training_rows():
+    splits = {"split 'train'": every(3, 3), "split 'validation'": every(1, 1, 1)}
+    assert class_names(Value("int64"), splits, network()) == ("0", "1", "2")
+    assert class_names(ClassLabel(names=NAMES), splits, network()) == tuple(NAMES)
+
+
+@pytest.mark.parametrize("stray", [3, 999, 10**12])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_stray_label_is_refused_and_named(stray, split):
+    splits = {"split 'train'": every(30, 30, 30), "split 'test'": every(30, 30, 30)}
+    splits[f"split {split!r}"][[7, 80]] = stray
+    with pytest.raises(DataError) as refused:
+        class_names(Value("int64"), splits, network())
+    assert str(refused.value) == (
+        f"label {stray} in rows 7, 80 (counted from 0) of split {split!r}: the network has 3 classes (0 to 2) and the "
+        "dataset names none; correct or remove such rows or, if the dataset has other classes, name them (`cast_column` "
+        "to a ClassLabel of `datasets`), and the classifier is replaced"
+    )
+    located = rf"labels? {stray}.* in rows 7, 80.* of split '{split}': "
+    with pytest.raises(DataError, match=rf"{located}the dataset names 3 classes \(0 to 2\); correct or remove"):
+        class_names(ClassLabel(names=NAMES), splits, network())
+    with pytest.raises(DataError, match=located):  # the other labels are three classes, where the network has two
+        class_names(Value("int64"), splits, network(classes=2))
+
+
+def test_integer_labels_with_gaps_are_no_classes():
+    labels = np.repeat([0, 2, 4, 6], 20)
+    with pytest.raises(DataError, match=r"labels 4, 6 in rows 40, 41, 42 and 37 more .*the network has 3 classes"):
+        class_names(Value("int64"), {"split 'train'": labels}, network())
+    with pytest.raises(DataError, match="the network has 3 classes"):  # a number of each row, say
+        class_names(Value("int64"), {"split 'train'": np.arange(50)}, network())
+    with pytest.raises(DataError, match="the network has 3 classes"):
+        class_names(Value("int64"), {"split 'train'": np.repeat(np.arange(150_000), 2)}, network())
+
+
+@pytest.mark.parametrize("feature", [Value("int64"), ClassLabel(names=list("abcd"))])
+def test_a_new_classifier_needs_training_rows_of_every_class_that_is_tested(feature):
+    extra = 3  # of the four classes that the feature names, or of no class that numbers make up
+    splits = {"split 'train'": every(9, 9, 9), "split 'test'": np.array([0, extra, 1, extra])}
+    with pytest.raises(DataError) as refused:
+        class_names(feature, splits, network(classes=2))
+    assert str(refused.value) == (
+        f"label {extra} in rows 1, 3 (counted from 0) of split 'test': split 'train' has no such row to train a new "
+        "classifier on, and the network's 2 classes are others; add such rows to split 'train', or remove them from "
+        "split 'test'"
+    )
 
 
 def test_a_stream_whose_columns_are_known_only_from_its_rows():
