@@ -28,7 +28,7 @@ from .calibration import Calibration
 from .config import CampHiVeConfig
 from .criteria import CRITERIA, Scores
 from .data import Loaders
-from .errors import ConfigError, OutputError, PlanError, TrainingError
+from .errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from .evaluation import evaluate_accuracy, recalibrate_batchnorm
 from .footprint import count_macs, count_parameters
 from .graph import named_tensors
@@ -125,7 +125,7 @@ class Comparison:
                 bar.set_description(str(cell))
                 try:
                     row = self._run(cell)
-                except (PlanError, TrainingError) as error:
+                except (PlanError, ReconstructionError, TrainingError) as error:
                     logger.warning("%s failed: %s", cell, error)
                     self._keep(lambda results, cell=cell, error=error: results.with_failure(cell, str(error)))
                 else:

@@ -31,3 +31,7 @@ class TrainingError(CampHiVeError, RuntimeError):
 
 class CurvatureError(CampHiVeError, RuntimeError):
     """Curvature that cannot be worked out, such as products that are not numbers."""
+
+
+class ReconstructionError(CampHiVeError, RuntimeError):
+    """A least-squares fit that cannot be solved, such as one on activations that are not numbers."""

@@ -64,6 +64,9 @@ def reconstruct(
     constant is fitted with it where the layer's bias or the norm after it can carry one. Of implants (HAP) only the centre of
     each kernel is fitted, where they are read and where they are made.
     `batches` are images [N, C, H, W]; on several processes each passes its share and `reduce` sums over processes.
+
+    Raises:
+        ReconstructionError: A layer's activations are not finite, as after NaN in images or weights; names the layer.
     """
     pruned = mask_state(state, plan)
     twins = _Twins(trace, plan)
@@ -201,7 +204,9 @@ def _fit_implants(
 def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> Sums:
     groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
     unknowns = weight[0].numel() if entries is None else len(entries)
-    return Sums(groups, unknowns + 1, weight.shape[0] // groups, weight.device)
+    return Sums(
+        groups, unknowns + 1, weight.shape[0] // groups, weight.device, layer=fit.weight.removesuffix(".weight")
+    )
 
 
 def _rows(

@@ -5,20 +5,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .errors import ReconstructionError
+
 RIDGE_FACTORS = (1.0, 30.0, 1000.0)
+LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding is overcome below 1e-6
 Reduce = Callable[[Tensor], Tensor]
 
 
 class Sums:
     """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64.
 
-    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen.
+    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen. `layer` names the fit in
+    errors.
     """
 
-    def __init__(self, groups: int, unknowns: int, outputs: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, groups: int, unknowns: int, outputs: int, device: torch.device | str = "cpu", layer: str = "a layer"
+    ) -> None:
         shape = (2, groups, unknowns, unknowns + outputs)  # fitted and held out; X^T [X, E]
         self.products = torch.zeros(shape, dtype=torch.float64, device=device)
         self.rows = torch.zeros(2, dtype=torch.float64, device=device)
+        self.layer = layer
 
     def add(self, rows: Tensor, errors: Tensor, held_out: bool) -> None:
         """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
@@ -31,20 +38,31 @@ class Sums:
 
         The smallest ridge is `ridge`; larger ones, up to no change at all, are taken where they leave less of the held
         out errors, group by group. The weights are then fitted to all batches.
+
+        Raises:
+            ReconstructionError: The sums are not finite, or no ridge makes X^T X positive definite.
         """
         unknowns = self.products.shape[2]
-        grams, crosses = reduce(self.products).split([unknowns, self.products.shape[3] - unknowns], dim=3)
+        products = reduce(self.products)
+        if not products.sum().isfinite():  # which any that is not finite makes so, without a copy of them all
+            raise ReconstructionError(
+                f"the least-squares fit of {self.layer} has NaN or infinite sums; look for them in the calibration images, "
+                "and in the weights of the layers up to this one"
+            )
+        grams, crosses = products.split([unknowns, products.shape[3] - unknowns], dim=3)
         candidates = [ridge * factor for factor in RIDGE_FACTORS] if reduce(self.rows).all() else []
         losses = []
         for value in candidates:
-            change = _ridge_solution(grams[0], crosses[0], grams.new_full(grams.shape[1:2], value))
+            change = _ridge_solution(grams[0], crosses[0], grams.new_full(grams.shape[1:2], value), self.layer)
             losses.append((change * (grams[1] @ change)).sum((1, 2)) - 2 * (change * crosses[1]).sum((1, 2)))
         if not candidates:
-            solution = _ridge_solution(grams.sum(0), crosses.sum(0), grams.new_full(grams.shape[1:2], ridge))
+            solution = _ridge_solution(
+                grams.sum(0), crosses.sum(0), grams.new_full(grams.shape[1:2], ridge), self.layer
+            )
         else:
             best = torch.stack([*losses, torch.zeros_like(losses[0])]).argmin(dim=0)
             chosen = grams.new_tensor([*candidates, ridge])[best]
-            solution = _ridge_solution(grams.sum(0), crosses.sum(0), chosen)
+            solution = _ridge_solution(grams.sum(0), crosses.sum(0), chosen, self.layer)
             solution[best == len(candidates)] = 0
         return solution[:, :-1].mT, solution[:, -1]
 
@@ -53,16 +71,19 @@ class Sums:
         constant = self.products.shape[2] - 1
         kept = torch.cat([unknowns, unknowns.new_tensor([constant])]).to(self.products.device)
         columns = torch.cat([kept, constant + 1 + outputs.to(kept)])
-        small = Sums(1, len(kept), len(outputs))
+        small = Sums(1, len(kept), len(outputs), layer=self.layer)
         small.products, small.rows = self.products[:, :, kept][..., columns], self.rows
         return small
 
 
-def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
+def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor, layer: str) -> Tensor:
     """Weights and constant [groups, d, C_out / groups] of each group's regression with ridge * mean(diag G) on the weights.
 
     The constant (last entry of each row) is not damped: rows are centred instead, in float64. A ridge below the rounding
     of the sums is raised until the matrix is positive definite.
+
+    Raises:
+        ReconstructionError: It still is not with `LARGEST_RIDGE`.
     """
     count = gram[:, -1, -1].clamp_min(1e-300)[:, None, None]  # 0 where no constant is fitted
     mean, total = gram[:, :-1, -1:] / count, cross[:, -1:]
@@ -75,6 +96,12 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             break
+        if (ridge[failed > 0] > LARGEST_RIDGE).any():
+            raise ReconstructionError(
+                f"the least-squares fit of {layer} is not positive definite even with a ridge of {LARGEST_RIDGE:g} times its "
+                "mean diagonal, which sums of products always are; look for activations too large for their precision, and on "
+                "several processes for a `reduce` that does not sum"
+            )
         ridge = torch.where(failed > 0, (10 * ridge).clamp_min(1e-12), ridge)
     weights = torch.cholesky_solve(targets, factor)
     return torch.cat([weights, (total - mean.mT @ weights * count) / count], dim=1)

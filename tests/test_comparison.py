@@ -14,7 +14,7 @@ from hf_camphive.comparison import Comparison, grid
 from hf_camphive.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.data import load_loaders
-from hf_camphive.errors import ConfigError, OutputError, PlanError
+from hf_camphive.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
@@ -245,12 +245,13 @@ def test_what_is_done_is_not_run_again_and_the_interrupted_is(tmp_path, monkeypa
     assert results.done() == {*chosen, *cells("random")}
 
 
-def test_what_fails_is_noted_and_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [PlanError, TrainingError, ReconstructionError])
+def test_what_fails_is_noted_and_tried_again(tmp_path, monkeypatch, error):
     chosen = cells(ratios=(1.5, 2.0))
 
     def fails(self, cell):
         if cell == chosen[0]:
-            raise PlanError("the reason")
+            raise error("the reason")
         return fake_row(cell)
 
     monkeypatch.setattr(Comparison, "_run", fails)

@@ -10,6 +10,7 @@ from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
 import hf_camphive.reconstruction as reconstruction
+from hf_camphive.errors import ReconstructionError
 from hf_camphive.graph import named_tensors
 from hf_camphive.reconstruction import reconstruct
 from hf_camphive.ridge import Sums
@@ -71,6 +72,19 @@ def test_second_block_repairs_the_error_that_it_inherits():
         rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1).numpy()
         solution = np.linalg.lstsq(rows, target.permute(0, 2, 3, 1).reshape(-1, 8).numpy(), rcond=None)[0]
     np.testing.assert_allclose(after["block2.conv2.weight"].reshape(8, 63).T, solution[:63], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("broken", ["image", "weight"])
+def test_one_number_that_is_none_is_refused_by_the_name_of_the_first_layer_it_reaches(broken):
+    _, trace, state = prepared(ToyResNet())
+    x = images(6)
+    if broken == "image":
+        x[3, 0, 2, 2] = float("nan")
+    else:
+        state["stem.weight"] = state["stem.weight"].index_fill(0, torch.tensor([1]), float("inf"))
+    plan = plan_with(trace, {"block1.conv1": (0, 2, 3)})
+    with pytest.raises(ReconstructionError, match=r"^the least-squares fit of block1\.conv2 .*NaN or infinite"):
+        reconstruct(state, plan, trace, [x[:4], x[4:]])
 
 
 def make_linearly_dependent(state, group, kept, removed):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_camphive.errors import ReconstructionError
 from hf_camphive.ridge import Sums
 
 
@@ -50,3 +51,41 @@ def test_the_ridge_is_chosen_on_batches_that_the_fit_has_not_seen():
         without = Sums(1, 31, 4)
         without.products[0], without.rows[0] = sums.products[0], sums.rows[0]
         assert error < (without.solve(1e-4, lambda tensor: tensor)[0][0].T - relation * truth).norm() / truth.norm()
+
+
+def small_sums(layer: str = "stages.1.conv2") -> Sums:
+    sums = Sums(1, 3, 2, layer=layer)
+    rows = torch.randn(1, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums.add(rows, rows[..., :2], held_out=False)
+    return sums
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("of_errors", [False, True])
+def test_rows_that_are_not_numbers_are_refused_by_the_name_of_the_layer(value, held_out, of_errors):
+    sums = small_sums()
+    rows, errors = torch.ones(1, 4, 3), torch.ones(1, 4, 2)
+    (errors if of_errors else rows)[0, 2, 1] = value
+    sums.add(rows, errors, held_out)
+    with pytest.raises(ReconstructionError, match=r"stages\.1\.conv2.*NaN or infinite.*images.*weights"):
+        sums.solve(1e-4, lambda tensor: tensor)
+    with pytest.raises(ReconstructionError, match=r"stages\.1\.conv2"):
+        sums.part(torch.arange(2), torch.arange(2)).solve(1e-4, lambda tensor: tensor)
+
+
+def test_finite_sums_that_no_ridge_makes_positive_definite_end_too():
+    """X^T X is never negative: what is so comes from a `reduce` that does not sum, and not from rounding."""
+    sums = small_sums()
+    with pytest.raises(ReconstructionError, match=r"stages\.1\.conv2.*not positive definite"):
+        sums.solve(1e-4, lambda tensor: -tensor)
+
+
+def test_a_ridge_below_rounding_is_still_raised_as_far_as_needed():
+    """Two equal columns and no ridge: the Gram matrix is singular, and the fit is that of one column shared out."""
+    rows = torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 1.0], [4.0, 4.0, 1.0]]], dtype=torch.float64)
+    sums = Sums(1, 3, 1)
+    sums.add(rows, 3 * rows[..., :1] + 1, held_out=False)
+    change, constant = sums.solve(0.0, lambda tensor: tensor)
+    torch.testing.assert_close(change.sum(2).item(), 3.0, rtol=1e-5, atol=0)
+    torch.testing.assert_close(constant.item(), 1.0, rtol=1e-4, atol=0)
