@@ -76,11 +76,14 @@ def _common_module(group: ChannelGroup) -> str:
 def affine_path(junction: Junction) -> list[fx.Node] | None:
     """From a branch's last convolution or linear layer to the add, through batch norms only; None if there is none.
 
-    Each value on the way has no other reader, so that the layer's output may be chosen freely.
+    Each value on the way has no other reader, so that the layer's output may be chosen freely. A batch norm counts only
+    with running statistics: with those of the batch it is no affine map.
     """
     path, node = [], junction.branch
     while operation(node) not in _LINEAR:
         if operation(node) not in ("batch_norm", "dropout", "clone", "alias") or len(node.users) > 1:
+            return None
+        if operation(node) == "batch_norm" and node.args[5]:
             return None
         path.insert(0, node)
         node = node.args[0]

@@ -87,6 +87,22 @@ def test_one_number_that_is_none_is_refused_by_the_name_of_the_first_layer_it_re
         reconstruct(state, plan, trace, [x[:4], x[4:]])
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_nothing_is_fitted_through_a_norm_that_takes_its_statistics_from_the_batch(affine):
+    """block1.conv2 is fitted to its own dense output then, which three of its five input channels do not give."""
+    net = ToyResNet()
+    net.block1.bn2 = nn.BatchNorm2d(6, affine=affine, track_running_stats=False)
+    net, trace, state = prepared(net)
+    x, keep = images(6), (0, 2, 3)
+    after = reconstruct(state, plan_with(trace, {"block1.conv1": keep}), trace, [x], ridge=1e-14)
+    nodes = {trace.graph.tensors.get(n.args[1]): n for n in trace.graph.operations if len(n.args) > 1}
+    with torch.no_grad():
+        inner, target = trace.graph.run(state, x, [(conv := nodes["block1.conv2.weight"]).args[0], conv])
+        rows = F.unfold(inner[:, keep], 3, padding=1).transpose(1, 2).reshape(-1, 27)
+        solution = np.linalg.lstsq(rows.numpy(), target.movedim(1, -1).reshape(-1, 6).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(after["block1.conv2.weight"][:, keep].reshape(6, 27).T, solution, rtol=1e-6, atol=1e-8)
+
+
 def make_linearly_dependent(state, group, kept, removed):
     """Channel `removed` becomes a copy of `kept`, scaled by 2 before a ReLU: linear in it wherever it is read."""
     for slot in group.slots:

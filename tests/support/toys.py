@@ -88,7 +88,8 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
                 (module.bias, -0.3),
                 (module.running_mean, -0.3),
             ):
-                tensor.data.copy_(low + torch.rand(tensor.shape, generator=generator))
+                if tensor is not None:
+                    tensor.data.copy_(low + torch.rand(tensor.shape, generator=generator))
     return net.eval().double()
 
 
