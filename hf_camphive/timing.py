@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from filelock import FileLock
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 3
 CALLS, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
 CHUNK = 512  # entries that take turns, and are then kept
+LOCK_SECONDS = 60.0  # that a process waits for others to write, which takes them milliseconds
 
 Prepare = Callable[[], Callable[[], object]]  # makes the inputs, returns what is to be timed
 Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
@@ -77,14 +79,18 @@ class LatencyTable:
         return {}
 
     def _save(self, found: Mapping[str, float]) -> None:
-        """Write the whole file beside the old one and put it in its place; a run at the same time loses nothing."""
-        text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self._load() | found}, indent=0)
+        """Add entries to the file, which is replaced whole; a lock keeps what other processes add at the same time.
+
+        A file or a lock that cannot be had costs a warning, not the run.
+        """
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
+            with FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+                text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self._load() | found}, indent=0)
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.path)
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             logger.warning("The latency table could not be kept in %s: %s", self.path, error)
 
 

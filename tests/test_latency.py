@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import re
 from math import ceil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from support.toys import Block, Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,7 +240,7 @@ def test_what_was_timed_is_not_timed_again(tmp_path):
     parts_of(Chain(), again, batch=3)
     twice = [key for key in set(again.timer.asked) if again.timer.asked.count(key) > 1]
     assert twice == again.timer.asked[:1]  # the yardstick
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # nothing half-written is left
+    assert {path.suffix for path in tmp_path.iterdir()} - {".lock"} == {".json"}  # nothing half-written is left
 
 
 def test_a_machine_that_became_slower_is_noticed(tmp_path):
@@ -265,7 +267,7 @@ def test_a_machine_that_becomes_slower_in_a_run_does_not_change_what_budgets_mea
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 3}', '{"schema": 3, "ms": {"a": "b"}}', "\x00"], ids=repr)
 def test_a_damaged_table_is_measured_again(tmp_path, text, caplog):
     LatencyTable(folder=tmp_path, timer=Timer()).measure({"relu": lambda: None})
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     path.write_text(text)
     with caplog.at_level(logging.WARNING, "hf_camphive"):
         table = LatencyTable(folder=tmp_path, timer=Timer())
@@ -279,6 +281,42 @@ def test_tables_of_two_runs_at_once_are_joined(tmp_path):
     for table, key in zip(tables, ("relu", "add")):
         table.measure({key: lambda: None})
     assert LatencyTable(folder=tmp_path).ms == {"relu": 0.01, "add": 0.01}
+
+
+def keep(folder: Path, keys: list[str]) -> None:
+    table = LatencyTable(folder=folder, timer=lambda works, *_: dict.fromkeys(works, 0.5))
+    for key in keys:
+        table.measure({key: lambda: None})
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    """Four processes, 100 entries each, every one written by itself."""
+    fork = multiprocessing.get_context("fork")
+    names = [[f"{process} {number}" for number in range(100)] for process in range(4)]
+    writers = [fork.Process(target=keep, args=(tmp_path, keys)) for keys in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    found = LatencyTable(folder=tmp_path).ms
+    assert len(found) == 400 and found == {key: 0.5 for keys in names for key in keys}
+
+
+def test_a_lock_that_cannot_be_taken_costs_no_run(tmp_path, caplog, monkeypatch):
+    table = LatencyTable(folder=tmp_path, timer=Timer())
+    monkeypatch.setattr(timing, "LOCK_SECONDS", 0.05)
+    with FileLock(table.path.with_suffix(".lock")):  # another run, which hangs
+        table.measure({"relu": lambda: None})
+    assert table.ms == {"relu": 0.01} and "could not be kept" in caplog.text and not table.path.exists()
+    caplog.clear()
+    monkeypatch.setattr(timing, "FileLock", no_locks_here)
+    table.measure({"add": lambda: None})
+    assert table.ms == {"relu": 0.01, "add": 0.01} and "could not be kept" in caplog.text and not table.path.exists()
+
+
+def no_locks_here(*args: object, **kwargs: object) -> None:
+    raise NotImplementedError("FileSystem does not appear to support flock")
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):
