@@ -4,8 +4,7 @@ No weight changes. Networks come in and go out unwrapped; each function gives th
 several, up to the rounding of sums.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from .errors import DataError, TrainingError
 from .launch import progress_bar
 from .metrics import TopK
+from .modes import keeping_modes
 from .precision import Batch, channels_last
 from .report import Accuracy
 
@@ -113,17 +113,6 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
             total = reduce(_Moments.merge, seen)
             norm.running_mean.copy_(total.mean)
             norm.running_var.copy_(total.variance * (total.count / max(1, total.count - 1)))
-
-
-@contextmanager
-def keeping_modes(net: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, every module is afterwards in training or eval mode as it was."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass(frozen=True)

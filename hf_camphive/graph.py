@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from . import norms
 from .errors import ModelError
+from .modes import keeping_modes
 
 aten = torch.ops.aten
 GONE = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm
@@ -74,11 +75,10 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
 
     Raises `ModelError` where `torch.export` cannot follow it.
     """
-    training = net.training
     tensor = next(net.parameters())
     image = torch.zeros(2, *input_size, dtype=tensor.dtype, device=tensor.device)
     try:
-        with torch.no_grad():
+        with keeping_modes(net), torch.no_grad():
             program = torch.export.export(
                 net.eval(), (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
@@ -88,8 +88,6 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
             f"{type(net).__name__} cannot be traced for input {input_size}: {reason[0] if reason else error!r}; "
             "check the input size, or see docs/limits.md for what tracing follows"
         ) from error
-    finally:
-        net.train(training)
     return _functional(program)
 
 

@@ -98,7 +98,7 @@ class Shortcut(nn.Module):
             self.add_module(name, children[name])
         like = next(block.parameters(), torch.empty(0))
         self.constant = nn.Parameter(like.new_zeros(channels))
-        self.train(block.training)
+        self.training = block.training  # the children keep theirs
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.shortcut_names:
@@ -341,7 +341,8 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         with torch.device("meta"):
             model = cls(config)
         model.timm_model = net
-        return model.train(net.training)
+        model.training = net.training  # its modules keep theirs
+        return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         """Save as transformers does, but with timm's own tensor names, so that timm reads the file too."""

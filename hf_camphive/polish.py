@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
-from .evaluation import batchnorms, keeping_modes
+from .evaluation import batchnorms
+from .modes import keeping_modes
 from .optimization import warmup_cosine
 from .precision import Precision, at_least_fp32, autocast, channels_last
 

@@ -16,6 +16,7 @@ from .errors import PlanError
 from .graph import named_tensors
 from .implants import implanted_slots, split_off_implants, with_centres
 from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
+from .modes import keeping_modes
 from .plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
 from .tracing import Trace
 
@@ -327,11 +328,9 @@ def _check_same_function(trace: Trace, plan: PrunePlan, masked: State, small: nn
     example = next(small.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *trace.input_size, generator=generator).to(example.device, example.dtype)
-    training = small.training
-    with torch.no_grad():
+    with keeping_modes(small), torch.no_grad():
         (expected,) = trace.graph.run(masked, image)
         found = small.eval()(image)
-    small.train(training)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= _TOLERANCE.get(example.dtype, 1e-1):
         raise PlanError(

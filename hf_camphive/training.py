@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 from .checkpoints import CheckpointStore, EpochLog, TrainingProgress
 from .config import CampHiVeConfig
 from .errors import DataError, TrainingError
-from .evaluation import evaluate_accuracy, keeping_modes
+from .evaluation import evaluate_accuracy
 from .launch import progress_bar
+from .modes import keeping_modes
 from .optimization import classification_loss, make_optimizer, warmup_cosine
 from .precision import Batch, Precision, autocast, channels_last, shared_choice
 from .weight_pruning import keep_zeros

@@ -265,6 +265,14 @@ def test_shortcut_equals_a_block_whose_branch_is_constant(name, block, shortcut,
     assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in cut.state_dict().items()}
 
 
+def test_wrapping_leaves_every_module_in_its_mode():
+    net = build("resnet18", num_classes=7).train()
+    net.layer1[0].bn1.eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    model = CampHiVeForImageClassification.from_timm(net, "resnet18", {"num_classes": 7})
+    assert {name: module.training for name, module in model.timm_model.named_modules()} == modes and model.training
+
+
 def test_shortcut_trains_its_constant():
     block = timm.create_model("resnet18").layer1[1]
     shortcut = Shortcut(block, (), ("act2",), 64)

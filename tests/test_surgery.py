@@ -8,8 +8,8 @@ import torch
 from support.plans import plan_with, random_plan
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
-from hf_camphive.errors import PlanError
-from hf_camphive.graph import named_tensors
+from hf_camphive.errors import ModelError, PlanError
+from hf_camphive.graph import export_graph, named_tensors
 from hf_camphive.surgery import apply_plan, check_groups, mask_state
 from hf_camphive.tracing import trace_network
 
@@ -93,6 +93,29 @@ def test_the_original_and_its_ways_are_left_alone():
     assert small.block2.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     small(torch.randn(2, 3, 8, 8)).sum().backward()
     assert small.block1.conv1.weight.grad.shape == (2, 3, 3, 3)
+
+
+def test_modules_keep_their_own_modes(monkeypatch):
+    """A frozen BatchNorm in a network that is being trained: tracing, cutting and dropping a block leave it frozen."""
+    net = ToyResNet().train()
+    net.block1.bn1.eval()
+    net.block2.downsample.eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    trace = trace_network(net, (3, 8, 8))
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    plan = plan_with(trace, {"block1.conv1": (0, 1), "block2.conv1": ()}, ("block2",))
+    small = apply_plan(net, plan, trace)
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    found = {name: module.training for name, module in small.named_modules()}
+    assert found == {name: modes[name] for name in found} and not found["block2.downsample.1"] and found["block2"]
+
+    def fails(x: torch.Tensor) -> None:
+        raise ValueError("of its own")
+
+    monkeypatch.setattr(net, "forward", fails)
+    with pytest.raises(ModelError, match="of its own"):
+        export_graph(net, (3, 8, 8))
+    assert {name: module.training for name, module in net.named_modules()} == modes
 
 
 def test_pruning_again_works_on_what_pruning_left():
