@@ -228,14 +228,19 @@ def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
-    """Views without end of so many images, of each once before any comes again; the same on every process."""
+    """Yield views of `total` images without end, the same on every process: each image once before any comes again.
+
+    A step that takes the last images of one round takes others from the next, so that it shows none twice.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = min(total, MOST_IMAGES, max(1, MOST_PIXELS // (size[0] * size[1])))
     most = torch.tensor(size) // SHIFT
     left = torch.empty(0, dtype=torch.long)
     while True:
         if len(left) < count:
-            left = torch.randperm(total, generator=generator)
+            following = torch.randperm(total, generator=generator)
+            repeated = torch.isin(following, left)
+            left = torch.cat([left, following[~repeated], following[repeated]])
         numbers, left = left[:count], left[count:]
         mirrored, down, right, partner, mix, contrast, brightness = torch.rand(7, count, generator=generator)
         yield Views(

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import islice
 from threading import Barrier, Thread
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from hf_camphive.calibration import Calibration
 from hf_camphive.evaluation import batchnorms
-from hf_camphive.polish import LINE, TEMPERATURE, Polished, _moved, polish
+from hf_camphive.polish import LINE, TEMPERATURE, Polished, _draw, _moved, polish
 
 BATCH = 6
 
@@ -137,6 +138,19 @@ def test_views_are_shifted_and_mirrored_images():
                 at = (4 - column if mirrored[n] else column) + right
                 expected = x[n, :, min(max(row + down, 0), 4), min(max(at, 0), 4)]
                 assert torch.equal(found[n, :, row, column], expected)
+
+
+@pytest.mark.parametrize("total", [1, 10, 24, 64, 65, 100, 128, 190])
+def test_every_image_comes_once_before_any_comes_again(total):
+    """Steps of at most 64 images, also where a step takes the last of one round and the first of the next."""
+    steps = 4 * total // min(total, 64) + 1
+    first, again = (list(islice(_draw(total, (8, 8), seed=3), steps)) for _ in range(2))
+    shown = torch.cat([views.numbers for views in first])
+    rounds = [some for some in shown.split(total) if len(some) == total]
+    assert len(rounds) >= 4 and all(torch.equal(some.sort().values, torch.arange(total)) for some in rounds)
+    assert all(len(views.numbers) == min(total, 64) == len(views.numbers.unique()) for views in first)
+    assert torch.equal(shown, torch.cat([views.numbers for views in again]))  # and so on every process
+    assert total == 1 or len({tuple(some.tolist()) for some in rounds}) > 1
 
 
 def test_labels_are_not_read():
