@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .errors import CurvatureError
 from .gates import GatedRun, GateSpace, gated_run
+from .memory import is_out_of_memory
 from .tracing import Trace
 
 logger = logging.getLogger(__name__)
@@ -150,10 +151,8 @@ def weight_curvature(
         arguments = (at, point, images, labels, [space.split(v) for v in block.T])
         try:
             products = ways[0](*arguments)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            if len(ways) == 1:
+            if len(ways) == 1 or is_out_of_memory(error):
                 raise
             products = ways[1](*arguments)
             del ways[0]

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from . import norms
 from .errors import ModelError
+from .memory import is_out_of_memory
 from .modes import keeping_modes
 
 aten = torch.ops.aten
@@ -83,6 +84,8 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
                 net.eval(), (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
     except Exception as error:  # torch.export lets any error of the network's own code through
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"{type(net).__name__} cannot be traced for input {input_size}: {reason[0] if reason else error!r}; "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .graph import named_tensors
 from .implants import implanted_slots, split_off_implants, with_centres
+from .memory import is_out_of_memory
 from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
 from .modes import keeping_modes
 from .plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
@@ -114,6 +115,8 @@ def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict
         apply_plan(net, PrunePlan(trace.groups, (), cuts, (), "random", "none", 2, 1), trace)
         return more
     except Exception as error:  # the network's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         if len(more) == 1:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             faults[next(iter(more))] = (

@@ -290,6 +290,23 @@ def test_an_operation_without_forward_derivative_is_differentiated_in_reverse_an
     assert len([record for record in caplog.records if "in reverse" in record.message]) == 1
 
 
+def test_a_lack_of_memory_is_not_taken_for_a_missing_derivative(caplog):
+    """The first product asks for a pebibyte, as one of too large a batch does; the second would find the memory."""
+    asked = []
+
+    def act(x: Tensor) -> Tensor:
+        if not asked:
+            asked.append(True)
+            torch.empty(2**48)
+        return torch.tanh(x)
+
+    net, x, labels = small(act)
+    found, space = network_curvature(net, [(x, labels)])
+    with caplog.at_level(logging.INFO, "hf_camphive.curvature"), pytest.raises(RuntimeError, match="allocate memory"):
+        found(block(space.size))
+    assert "in reverse" not in caplog.text
+
+
 def test_an_error_that_both_ways_share_is_the_user_s_to_see():
     net, x, labels = small()
     found, space = network_curvature(net, [(x[:, :2], labels)])

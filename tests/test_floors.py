@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_camphive"
 FLOORS = {
-    0: ["__init__", "errors", "allocator", "modes", "config", "plan", "cifar", "modeling_camphive"],
+    0: ["__init__", "errors", "allocator", "memory", "modes", "config", "plan", "cifar", "modeling_camphive"],
     1: ["norms", "graph", "ridge", "limits", "planning", "depth", "budgets", "calibration"],
     2: [
         *("labels", "handlers", "tracing", "branches", "implants", "surgery", "expansion"),

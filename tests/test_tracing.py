@@ -1,5 +1,7 @@
 """Groups of networks that are drawn by hand, and what tracing must refuse to guess."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from support.toys import Block, Chain, Toy, ToyResNet, images, randomise
 from torch import Tensor, nn
 
 from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
-from hf_camphive.errors import ModelError
+from hf_camphive.errors import CampHiVeError, ModelError
 from hf_camphive.graph import named_tensors
 from hf_camphive.surgery import check_groups
 from hf_camphive.tracing import trace_network
@@ -375,6 +377,43 @@ def test_a_cut_that_the_networks_own_code_does_not_go_along_with_is_frozen():
     assert not any(g.frozen for g in trace.groups if g.name == "stem")
     frozen = {g.name: g.frozen for g in check_groups(net, trace, torch.Generator().manual_seed(0)).groups}
     assert "does not run" in frozen["stem"]
+
+
+def too_large() -> None:
+    torch.empty(2**48)  # a pebibyte, which PyTorch's own allocator refuses
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+LACKS = {
+    "MemoryError": raises(MemoryError()),
+    "OutOfMemoryError": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")),
+    "can't allocate": too_large,
+    "not enough": raises(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes.")),
+    "MPS": raises(RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB).")),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+@pytest.mark.parametrize("step", ["trace", "cut"])
+def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_network(lack, step):
+    """It ends the run: the group could be cut, and would be left alone in silence."""
+
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = net.stem(x)
+        if step == "trace" or y.shape[1] < 4:
+            LACKS[lack]()
+        return net.head(y)
+
+    net = Toy(forward, stem=conv(3, 4), head=conv(4, 2)).eval()
+    with pytest.raises((MemoryError, RuntimeError), match=r"memory|^$") as caught:
+        check_groups(net, trace_network(net, (3, 8, 8)), torch.Generator().manual_seed(0))
+    assert not isinstance(caught.value, CampHiVeError)
 
 
 def test_regions_under_a_context_of_their_own_are_followed():
