@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .graph import Graph, export_graph, module_of, modules_of, operation
+from .graph import Graph, export_graph, module_of, modules_of, named_tensors, operation
 from .modeling_camphive import Shortcut
 
 
@@ -28,38 +29,44 @@ def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
 
 
 def foldable(graph: Graph) -> dict[fx.Node, fx.Node]:
-    """{batch norm: convolution} of every batch norm that reads a convolution which nothing else reads."""
+    """{batch norm: convolution} of every batch norm that can become part of the convolution whose output it alone reads.
+
+    That takes running statistics, and a weight that is a tensor of the network, not worked out from one as in weight
+    standardisation. Layers that run more than once, or whose tensors are read elsewhere too, stay as they are.
+    """
     return {
         node: node.args[0]
         for node in graph.operations
         if operation(node) == "batch_norm"
+        and not node.args[5]  # statistics of the batch
         and isinstance(node.args[0], fx.Node)
         and operation(node.args[0]) == "conv2d"
         and len(node.args[0].users) == 1
+        and all(held in graph.tensors and len(held.users) == 1 for held in (node.args[0].args[1], node.args[3]))
     }
 
 
+@torch.no_grad()
 def fold_batchnorm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
     """A copy of the network, in eval mode, with BatchNorm folded into the convolutions before it.
 
-    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta. A convolution or norm that runs more than
-    once stays as it is.
+    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; gamma is 1 and beta 0 where the norm has
+    none. What is not `foldable`, or is no layer of its own, stays as it is.
     """
     folded = copy.deepcopy(net).eval()
     graph = export_graph(folded, input_size)
-    pairs = [
-        tuple(graph.tensors[node.args[1]].rpartition(".")[0] for node in (conv, norm))
-        for norm, conv in foldable(graph).items()
-    ]
-    convs, norms = zip(*pairs) if pairs else ((), ())
-    for conv_name, norm_name in pairs:
-        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
-        if convs.count(conv_name) > 1 or norms.count(norm_name) > 1:
+    tensors, runs = named_tensors(folded), Counter(map(module_of, graph.operations))
+    for norm_node, conv_node in foldable(graph).items():
+        conv, norm = (folded.get_submodule(module_of(node)) for node in (conv_node, norm_node))
+        weight, mean = (tensors[graph.tensors[node]] for node in (conv_node.args[1], norm_node.args[3]))
+        if not (isinstance(conv, nn.Conv2d) and conv.weight is weight):
+            continue
+        if not (isinstance(norm, _BatchNorm) and norm.running_mean is mean and runs[module_of(norm_node)] == 1):
             continue
         statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        with torch.no_grad():
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        folded.set_submodule(norm_name, _without_norm(norm))
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        for name in [name for name, module in folded.named_modules(remove_duplicate=False) if module is norm]:
+            folded.set_submodule(name, _without_norm(norm))
     return folded
 
 
