@@ -10,21 +10,21 @@ pruned models as soon as it is imported.
 from importlib import import_module
 from typing import Any
 
-from . import modeling_camphive  # noqa: F401  (registers the readers)
+from hf_camphive import modeling_camphive  # noqa: F401  (registers the readers)
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CampHiVeConfig": "config",
-    "CampHiVePruner": "pruner",
-    "CampHiVeError": "errors",
-    "CampHiVeForImageClassification": "modeling_camphive",
-    "PrunePlan": "plan",
-    "expand": "expansion",
-    "fold": "folding",
-    "from_pretrained": "hub",
-    "load_base": "models",
-    "load_loaders": "data",
+    "CampHiVeConfig": "hf_camphive.config",
+    "CampHiVePruner": "hf_camphive.pruner",
+    "CampHiVeError": "hf_camphive.errors",
+    "CampHiVeForImageClassification": "hf_camphive.modeling_camphive",
+    "PrunePlan": "hf_camphive.plan",
+    "expand": "hf_camphive.expansion",
+    "fold": "hf_camphive.folding",
+    "from_pretrained": "hf_camphive.hub",
+    "load_base": "hf_camphive.models",
+    "load_loaders": "hf_camphive.data",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -32,4 +32,4 @@ __all__ = ["__version__", *sorted(_HOMES)]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .graph import Graph, block_modules, module_of, modules_of, operation
-from .handlers import ELEMENTWISE
-from .plan import Branch, ChannelGroup
-from .tracing import Trace
+from hf_camphive.graph import Graph, block_modules, module_of, modules_of, operation
+from hf_camphive.handlers import ELEMENTWISE
+from hf_camphive.plan import Branch, ChannelGroup
+from hf_camphive.tracing import Trace
 
 _LINEAR = ("conv2d", "linear")
 

@@ -5,10 +5,10 @@ Pure: reads costs, earlier plans and settings.
 
 from collections.abc import Sequence
 
-from .config import CampHiVeConfig
-from .errors import PlanError
-from .plan import Budget, ChannelGroup, PrunePlan, format_cost
-from .planning import Budgeted, Costs, how_to_reach_lower, smallest
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import PlanError
+from hf_camphive.plan import Budget, ChannelGroup, PrunePlan, format_cost
+from hf_camphive.planning import Budgeted, Costs, how_to_reach_lower, smallest
 
 
 def absolute(budgets: Costs, dense: Costs) -> dict[str, float]:

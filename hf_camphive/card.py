@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .expansion import Expansion
-from .report import (
+from hf_camphive.expansion import Expansion
+from hf_camphive.report import (
     NOT_MEASURED,
     GroupRatio,
     PruneReport,

@@ -11,9 +11,9 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from .errors import ConfigError, TrainingError
-from .precision import Precision
-from .report import format_share
+from hf_camphive.errors import ConfigError, TrainingError
+from hf_camphive.precision import Precision
+from hf_camphive.report import format_share
 
 PROGRESS_FILE = "progress.json"
 DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)

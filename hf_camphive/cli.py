@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .allocator import keep_freed_memory
-from .arguments import (
+from hf_camphive.allocator import keep_freed_memory
+from hf_camphive.arguments import (
     BUNDLED_MODEL,
     CompareArguments,
     DataArguments,
@@ -27,7 +27,7 @@ from .arguments import (
     parse,
     settings_of,
 )
-from .errors import CampHiVeError, ConfigError, ModelError, PlanError
+from hf_camphive.errors import CampHiVeError, ConfigError, ModelError, PlanError
 
 USAGE = """usage: camphive {prune,inspect,evaluate,expand,compare} [options]
 
@@ -77,7 +77,7 @@ def _guarded(command: Any, arguments: Sequence[str]) -> int:
 
 def prune(arguments: Sequence[str]) -> None:
     """Prune a network, finetune it, save it, and print what came of it."""
-    from .config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
+    from hf_camphive.config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
 
     kinds = (ModelArguments, DataArguments, RunArguments, RecipeArguments, CampHiVeConfig)
     model, data, run, _, config = parse(prune, arguments, *kinds)
@@ -91,8 +91,8 @@ def prune(arguments: Sequence[str]) -> None:
     if run.dry_run and not config.cuts_channels:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
-    from .hub import check_output_folder, push_folder
-    from .pruner import CampHiVePruner
+    from hf_camphive.hub import check_output_folder, push_folder
+    from hf_camphive.pruner import CampHiVePruner
 
     output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
     output = check_output_folder(output, run.overwrite and not run.dry_run)  # a plan would not fit a model found there
@@ -128,11 +128,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from .branches import droppable_branches, exterior_groups
-    from .graph import named_tensors
-    from .report import format_count
-    from .surgery import check_groups
-    from .tracing import trace_network
+    from hf_camphive.branches import droppable_branches, exterior_groups
+    from hf_camphive.graph import named_tensors
+    from hf_camphive.report import format_count
+    from hf_camphive.surgery import check_groups
+    from hf_camphive.tracing import trace_network
 
     base = _load(model)
     trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
@@ -166,14 +166,14 @@ def inspect(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Print the accuracy and the cost of a model."""
-    from .config import CampHiVeConfig
+    from hf_camphive.config import CampHiVeConfig
 
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
-    from .evaluation import evaluate_accuracy
-    from .footprint import footprint, measure_latency
-    from .launch import make_accelerator
-    from .report import Stage, environment, stages_table
+    from hf_camphive.evaluation import evaluate_accuracy
+    from hf_camphive.footprint import footprint, measure_latency
+    from hf_camphive.launch import make_accelerator
+    from hf_camphive.report import Stage, environment, stages_table
 
     config = CampHiVeConfig()
     base = _load(model)
@@ -204,13 +204,13 @@ def expand(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from .expansion import Expansion
-    from .expansion import expand as widen
-    from .footprint import count_macs, count_parameters
-    from .hub import check_output_folder, save_expanded
-    from .report import format_count, published
-    from .surgery import check_groups
-    from .tracing import trace_network
+    from hf_camphive.expansion import Expansion
+    from hf_camphive.expansion import expand as widen
+    from hf_camphive.footprint import count_macs, count_parameters
+    from hf_camphive.hub import check_output_folder, save_expanded
+    from hf_camphive.report import format_count, published
+    from hf_camphive.surgery import check_groups
+    from hf_camphive.tracing import trace_network
 
     output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
     _log_to_terminal(main_process=True)
@@ -247,7 +247,7 @@ def expand(arguments: Sequence[str]) -> None:
 
 def _bottlenecks(folder: Path) -> list[str]:
     """The bottlenecks that the report in a pruned model's folder names."""
-    from .report import REPORT_FILE, PruneReport
+    from hf_camphive.report import REPORT_FILE, PruneReport
 
     path = folder / REPORT_FILE
     try:
@@ -262,7 +262,7 @@ def _bottlenecks(folder: Path) -> list[str]:
 
 def compare(arguments: Sequence[str]) -> None:
     """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
-    from .config import CampHiVeConfig
+    from hf_camphive.config import CampHiVeConfig
 
     elsewhere = ("criterion", *vars(CompareArguments()), *NOT_COMPARED)
     settings = settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
@@ -270,7 +270,7 @@ def compare(arguments: Sequence[str]) -> None:
     if data.streaming and chosen.num_train_epochs and not data.max_train_samples:
         raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
 
-    from .comparison import Comparison, grid
+    from hf_camphive.comparison import Comparison, grid
 
     cells = grid(
         methods=listed(asked.methods),
@@ -302,7 +302,7 @@ def _resumable(folder: Path) -> Iterator[None]:
     Raises:
         CampHiVeError: The error that ended the run.
     """
-    from .resume import has_state
+    from hf_camphive.resume import has_state
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -322,7 +322,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
-    from .plan import PLAN_FILE, plans_to_json
+    from hf_camphive.plan import PLAN_FILE, plans_to_json
 
     plan = pruner.plan(loaders.calibration)
     if not pruner.accelerator.is_main_process:
@@ -337,13 +337,13 @@ def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
 
 
 def _load(model: ModelArguments) -> Any:
-    from .models import load_base
+    from hf_camphive.models import load_base
 
     return load_base(model.model, model.checkpoint)
 
 
 def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) -> Any:
-    from .data import load_loaders
+    from hf_camphive.data import load_loaders
 
     return load_loaders(
         data.dataset or _usual_dataset(model.model),
@@ -388,7 +388,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _without_folders(argument: str) -> str:
-    from .report import published
+    from hf_camphive.report import published
 
     option, equals, value = argument.rpartition("=")
     return f"{option}{equals}{published(value)}"

@@ -24,24 +24,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .calibration import Calibration
-from .config import CampHiVeConfig
-from .criteria import CRITERIA, Scores
-from .data import Loaders
-from .errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
-from .evaluation import evaluate_accuracy, recalibrate_batchnorm
-from .footprint import count_macs, count_parameters
-from .graph import named_tensors
-from .launch import make_accelerator
-from .merging import MERGE_RULES
-from .models import BaseModel
-from .plan import PrunePlan
-from .plots import DPI, draw_comparison
-from .pruner import CampHiVePruner
-from .report import Accuracy, environment, format_share, published
-from .results import Cell, Results, Row, differences
-from .tracing import Trace
-from .training import finetune
+from hf_camphive.calibration import Calibration
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.criteria import CRITERIA, Scores
+from hf_camphive.data import Loaders
+from hf_camphive.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
+from hf_camphive.footprint import count_macs, count_parameters
+from hf_camphive.graph import named_tensors
+from hf_camphive.launch import make_accelerator
+from hf_camphive.merging import MERGE_RULES
+from hf_camphive.models import BaseModel
+from hf_camphive.plan import PrunePlan
+from hf_camphive.plots import DPI, draw_comparison
+from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.report import Accuracy, environment, format_share, published
+from hf_camphive.results import Cell, Results, Row, differences
+from hf_camphive.tracing import Trace
+from hf_camphive.training import finetune
 
 logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"

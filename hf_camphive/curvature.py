@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
-from .errors import CurvatureError
-from .gates import GatedRun, GateSpace, gated_run
-from .memory import is_out_of_memory
-from .tracing import Trace
+from hf_camphive.errors import CurvatureError
+from hf_camphive.gates import GatedRun, GateSpace, gated_run
+from hf_camphive.memory import is_out_of_memory
+from hf_camphive.tracing import Trace
 
 logger = logging.getLogger(__name__)
 Matrix = Literal["hessian", "gauss-newton"]

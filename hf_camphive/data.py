@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms
 
-from .config import CampHiVeConfig
-from .errors import DataError
-from .sources import ALIASES, class_names, find_columns, open_dataset, read_labels, revision_read
-from .splits import USUAL_SPLITS, divide, divide_streams
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import DataError
+from hf_camphive.sources import ALIASES, class_names, find_columns, open_dataset, read_labels, revision_read
+from hf_camphive.splits import USUAL_SPLITS, divide, divide_streams
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .errors import DataError, TrainingError
-from .launch import progress_bar
-from .metrics import TopK
-from .modes import keeping_modes
-from .precision import Batch, channels_last
-from .report import Accuracy
+from hf_camphive.errors import DataError, TrainingError
+from hf_camphive.launch import progress_bar
+from hf_camphive.metrics import TopK
+from hf_camphive.modes import keeping_modes
+from hf_camphive.precision import Batch, channels_last
+from hf_camphive.report import Accuracy
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .config import CampHiVeConfig
-from .curvature import Batch, curvature_cotangent, label_cotangent
-from .gates import GateSpace, gate_gradients, gate_space
-from .spectrum import State
-from .tracing import Trace
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.curvature import Batch, curvature_cotangent, label_cotangent
+from hf_camphive.gates import GateSpace, gate_gradients, gate_space
+from hf_camphive.spectrum import State
+from hf_camphive.tracing import Trace
 
 Scores = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]

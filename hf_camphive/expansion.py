@@ -14,12 +14,12 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
-from .graph import named_tensors
-from .modeling_camphive import shortcuts_of
-from .plan import ChannelGroup, Slot
-from .surgery import rebuilt
-from .tracing import Trace
+from hf_camphive.errors import PlanError
+from hf_camphive.graph import named_tensors
+from hf_camphive.modeling_camphive import shortcuts_of
+from hf_camphive.plan import ChannelGroup, Slot
+from hf_camphive.surgery import rebuilt
+from hf_camphive.tracing import Trace
 
 EXPANSION_FILE = "expansion.json"
 SCHEMA = 1

@@ -10,8 +10,8 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from .graph import GONE, module_of, operation, standardised, weight_of
-from .labels import NO_CHANNEL, Labels, NotUnderstood, compact, shape_of, sizes, spread, thin, varies
+from hf_camphive.graph import GONE, module_of, operation, standardised, weight_of
+from hf_camphive.labels import NO_CHANNEL, Labels, NotUnderstood, compact, shape_of, sizes, spread, thin, varies
 
 aten = torch.ops.aten
 ELEMENTWISE = tuple(

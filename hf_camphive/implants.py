@@ -11,10 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .errors import PlanError
-from .graph import operation
-from .plan import ChannelGroup, PrunePlan, Slot
-from .tracing import Trace
+from hf_camphive.errors import PlanError
+from hf_camphive.graph import operation
+from hf_camphive.plan import ChannelGroup, PrunePlan, Slot
+from hf_camphive.tracing import Trace
 
 
 def implantable_groups(trace: Trace) -> frozenset[str]:

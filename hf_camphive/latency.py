@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .folding import fold
-from .graph import named_tensors
-from .modeling_camphive import Shortcut, resize, widths_of
-from .operations import Operation, network_operations
-from .plan import Branch, ChannelGroup
-from .planning import Part, axis_widths, stream_width
-from .timing import LatencyTable, Prepare
-from .tracing import Trace
+from hf_camphive.folding import fold
+from hf_camphive.graph import named_tensors
+from hf_camphive.modeling_camphive import Shortcut, resize, widths_of
+from hf_camphive.operations import Operation, network_operations
+from hf_camphive.plan import Branch, ChannelGroup
+from hf_camphive.planning import Part, axis_widths, stream_width
+from hf_camphive.timing import LatencyTable, Prepare
+from hf_camphive.tracing import Trace
 
 logger = logging.getLogger(__name__)
 ALIGNED = 8

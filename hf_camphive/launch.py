@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .config import CampHiVeConfig
-from .errors import ConfigError
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

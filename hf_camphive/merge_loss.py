@@ -12,9 +12,9 @@ from math import inf, nextafter
 import torch
 from torch import Tensor, fx
 
-from .gates import GateSpace
-from .graph import compute, operation
-from .tracing import Trace
+from hf_camphive.gates import GateSpace
+from hf_camphive.graph import compute, operation
+from hf_camphive.tracing import Trace
 
 RIDGE = 1e-3
 ROUND = 64  # one in so many of the channels that are left goes in a round

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from .config import CampHiVeConfig
-from .graph import operation, weight_of
-from .plan import PrunePlan, Slot
-from .planning import cyclic_pairs
-from .reconstruction import Reduce, constant_carrier, reconstruct
-from .surgery import State, mask_state
-from .tracing import Trace
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.graph import operation, weight_of
+from hf_camphive.plan import PrunePlan, Slot
+from hf_camphive.planning import cyclic_pairs
+from hf_camphive.reconstruction import Reduce, constant_carrier, reconstruct
+from hf_camphive.surgery import State, mask_state
+from hf_camphive.tracing import Trace
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import modeling_camphive
-from .cifar import checkpoint_filter
-from .errors import ModelError, PlanError
-from .plan import PLAN_FILE, PrunePlan, plans_from_json
+from hf_camphive import modeling_camphive
+from hf_camphive.cifar import checkpoint_filter
+from hf_camphive.errors import ModelError, PlanError
+from hf_camphive.plan import PLAN_FILE, PrunePlan, plans_from_json
 
 BUNDLED = "digits_resnet"
 WEIGHTS_FILE = "model.safetensors"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import CampHiVeConfig
-from .precision import at_least_fp32
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.precision import at_least_fp32
 
 
 def classification_loss(

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .report import PruneReport, Stage, format_bytes, format_count, format_ms
-from .results import Cell, Results, Summary
+from hf_camphive.report import PruneReport, Stage, format_bytes, format_count, format_ms
+from hf_camphive.results import Cell, Results, Summary
 
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 LINES = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#222222")

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from .config import CampHiVeConfig
-from .footprint import wait_for
-from .report import format_ms
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.footprint import wait_for
+from hf_camphive.report import format_ms
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]

@@ -17,20 +17,20 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from . import hub
-from .budgets import overall_budgets
-from .data import Loaders
-from .errors import ConfigError
-from .evaluation import evaluate_accuracy
-from .folding import fold
-from .footprint import footprint, measure_latency
-from .models import replace_head
-from .plan import PrunePlan
-from .plots import draw_plots
-from .report import Accuracy, GroupRow, PruneReport, Stage, environment, published
-from .resume import IterationMemory, Progress, load_progress, save_progress, training_folder
-from .steps import Batches, PruningSteps
-from .training import finetune, train_head
+from hf_camphive import hub
+from hf_camphive.budgets import overall_budgets
+from hf_camphive.data import Loaders
+from hf_camphive.errors import ConfigError
+from hf_camphive.evaluation import evaluate_accuracy
+from hf_camphive.folding import fold
+from hf_camphive.footprint import footprint, measure_latency
+from hf_camphive.models import replace_head
+from hf_camphive.plan import PrunePlan
+from hf_camphive.plots import draw_plots
+from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage, environment, published
+from hf_camphive.resume import IterationMemory, Progress, load_progress, save_progress, training_folder
+from hf_camphive.steps import Batches, PruningSteps
+from hf_camphive.training import finetune, train_head
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from .branches import Junction, affine_path, junctions
-from .graph import compute, operation
-from .implants import implanted_slots, with_centres
-from .plan import PrunePlan
-from .ridge import Reduce, Sums
-from .surgery import State, mask_state
-from .tracing import Trace
+from hf_camphive.branches import Junction, affine_path, junctions
+from hf_camphive.graph import compute, operation
+from hf_camphive.implants import implanted_slots, with_centres
+from hf_camphive.plan import PrunePlan
+from hf_camphive.ridge import Reduce, Sums
+from hf_camphive.surgery import State, mask_state
+from hf_camphive.tracing import Trace
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 LEAST_ROWS = 100_000

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import hub
-from .config import CampHiVeConfig
-from .errors import ConfigError, ModelError
-from .models import BaseModel, load_base
-from .plan import PrunePlan
-from .report import REPORT_FILE, PruneReport, published
-from .spectrum import State
+from hf_camphive import hub
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import ConfigError, ModelError
+from hf_camphive.models import BaseModel, load_base
+from hf_camphive.plan import PrunePlan
+from hf_camphive.report import REPORT_FILE, PruneReport, published
+from hf_camphive.spectrum import State
 
 _ITERATION = "iteration.safetensors"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"

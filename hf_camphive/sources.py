@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 from torch import nn
 
-from .errors import DataError
-from .splits import stratified
+from hf_camphive.errors import DataError
+from hf_camphive.splits import stratified
 
 ALIASES = {
     "cifar10": "uoft-cs/cifar10",

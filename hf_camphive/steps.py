@@ -16,29 +16,29 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from .branches import droppable_branches, exterior_groups
-from .budgets import dense_sizes, is_finished, next_targets
-from .calibration import Calibration
-from .config import CampHiVeConfig
-from .criteria import CRITERIA
-from .depth import best_early_weight, weighed
-from .errors import ConfigError, PlanError
-from .evaluation import recalibrate_batchnorm
-from .evidence import Evidence, Memory, Scores
-from .graph import named_tensors
-from .implants import with_implants
-from .latency import latency_parts
-from .launch import make_accelerator
-from .merging import MERGE_RULES, merge, with_pairs
-from .models import BaseModel, as_base
-from .plan import PrunePlan
-from .planning import Budgeted, Part, make_plan
-from .polish import Polished, polish
-from .precision import polish_precision
-from .surgery import State, apply_plan, check_groups
-from .timing import LatencyTable
-from .tracing import Trace, trace_network
-from .weight_pruning import zero_share, zero_weights
+from hf_camphive.branches import droppable_branches, exterior_groups
+from hf_camphive.budgets import dense_sizes, is_finished, next_targets
+from hf_camphive.calibration import Calibration
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.criteria import CRITERIA
+from hf_camphive.depth import best_early_weight, weighed
+from hf_camphive.errors import ConfigError, PlanError
+from hf_camphive.evaluation import recalibrate_batchnorm
+from hf_camphive.evidence import Evidence, Memory, Scores
+from hf_camphive.graph import named_tensors
+from hf_camphive.implants import with_implants
+from hf_camphive.latency import latency_parts
+from hf_camphive.launch import make_accelerator
+from hf_camphive.merging import MERGE_RULES, merge, with_pairs
+from hf_camphive.models import BaseModel, as_base
+from hf_camphive.plan import PrunePlan
+from hf_camphive.planning import Budgeted, Part, make_plan
+from hf_camphive.polish import Polished, polish
+from hf_camphive.precision import polish_precision
+from hf_camphive.surgery import State, apply_plan, check_groups
+from hf_camphive.timing import LatencyTable
+from hf_camphive.tracing import Trace, trace_network
+from hf_camphive.weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 8  # one calibration image in so many judges trials and the polishing

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
-from .graph import named_tensors
-from .implants import implanted_slots, split_off_implants, with_centres
-from .memory import is_out_of_memory
-from .modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
-from .modes import keeping_modes
-from .plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
-from .tracing import Trace
+from hf_camphive.errors import PlanError
+from hf_camphive.graph import named_tensors
+from hf_camphive.implants import implanted_slots, split_off_implants, with_centres
+from hf_camphive.memory import is_out_of_memory
+from hf_camphive.modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
+from hf_camphive.modes import keeping_modes
+from hf_camphive.plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
+from hf_camphive.tracing import Trace
 
 State = dict[str, Tensor]
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}

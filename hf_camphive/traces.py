@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import CurvatureError
-from .spectrum import Product, checked, progress_bar, random_block, remainder
+from hf_camphive.errors import CurvatureError
+from hf_camphive.spectrum import Product, checked, progress_bar, random_block, remainder
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from .checkpoints import CheckpointStore, EpochLog, TrainingProgress
-from .config import CampHiVeConfig
-from .errors import DataError, TrainingError
-from .evaluation import evaluate_accuracy
-from .launch import progress_bar
-from .modes import keeping_modes
-from .optimization import classification_loss, make_optimizer, warmup_cosine
-from .precision import Batch, Precision, autocast, channels_last, shared_choice
-from .weight_pruning import keep_zeros
+from hf_camphive.checkpoints import CheckpointStore, EpochLog, TrainingProgress
+from hf_camphive.config import CampHiVeConfig
+from hf_camphive.errors import DataError, TrainingError
+from hf_camphive.evaluation import evaluate_accuracy
+from hf_camphive.launch import progress_bar
+from hf_camphive.modes import keeping_modes
+from hf_camphive.optimization import classification_loss, make_optimizer, warmup_cosine
+from hf_camphive.precision import Batch, Precision, autocast, channels_last, shared_choice
+from hf_camphive.weight_pruning import keep_zeros
 
 logger = logging.getLogger(__name__)
 
