@@ -22,10 +22,10 @@ from typing import Any
 from networks import NETWORKS, Network, base_of, folder_of
 
 from hf_camphive import CampHiVeConfig, load_loaders
-from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
+from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.core.errors import CampHiVeError
 from hf_camphive.criteria import CRITERIA
-from hf_camphive.errors import CampHiVeError
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.results import Cell, Results, Summary, by_ratio
 

@@ -16,8 +16,8 @@ from measuring import resident_bytes
 from networks import NETWORKS, base_of, loaders_of
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
-from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.calibration import Calibration
+from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.footprint import count_macs
 from hf_camphive.report import environment
 

@@ -35,8 +35,8 @@ from peers import (
 from torch import Tensor, distributed
 
 from hf_camphive import CampHiVeConfig
-from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.calibration import Calibration
+from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.curvature import Curvature
 from hf_camphive.plots import BLUE, DPI, GREY, INK, ORANGE

@@ -33,17 +33,17 @@ from networks import NETWORKS, base_of, loaders_of
 from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
-from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.calibration import Calibration
+from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.core.plan import Budget
+from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.criteria import Scores
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.folding import fold
 from hf_camphive.footprint import count_macs, count_parameters, measure_latency
 from hf_camphive.latency import latency_parts
-from hf_camphive.launch import make_accelerator
 from hf_camphive.limits import floors
-from hf_camphive.plan import Budget
 from hf_camphive.report import environment
 from hf_camphive.timing import LatencyTable
 from hf_camphive.tracing import trace_network

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from hf_camphive.branches import exterior_groups
 from hf_camphive.comparison import Method, Problem
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot
 from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
-from hf_camphive.plan import ChannelCut, ChannelGroup, PrunePlan, Slot
 from hf_camphive.surgery import mask_state
 
 TOLERANCE, COARSEST = 0.01, 0.05

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from hf_camphive.branches import droppable_branches
+from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.footprint import count_macs
 from hf_camphive.graph import GONE, named_tensors
 from hf_camphive.modeling_camphive import CampHiVeForImageClassification
-from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.report import environment
 from hf_camphive.surgery import apply_plan, check_groups, mask_state
 from hf_camphive.tracing import Trace, trace_network

@@ -15,11 +15,11 @@ from hf_camphive import modeling_camphive  # noqa: F401  (registers the readers)
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CampHiVeConfig": "hf_camphive.config",
+    "CampHiVeConfig": "hf_camphive.core.config",
     "CampHiVePruner": "hf_camphive.pruner",
-    "CampHiVeError": "hf_camphive.errors",
+    "CampHiVeError": "hf_camphive.core.errors",
     "CampHiVeForImageClassification": "hf_camphive.modeling_camphive",
-    "PrunePlan": "hf_camphive.plan",
+    "PrunePlan": "hf_camphive.core.plan",
     "expand": "hf_camphive.expansion",
     "fold": "hf_camphive.folding",
     "from_pretrained": "hf_camphive.hub",

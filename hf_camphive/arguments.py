@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from hf_camphive.errors import ConfigError
+from hf_camphive.core.errors import ConfigError
 
 BUNDLED_MODEL = "digits_resnet"
 
@@ -156,7 +156,7 @@ def numbers(option: str, text: str, kind: type) -> list[Any]:
 
 def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     """Defaults that `--preset` sets; none where it is absent, or misspelled (which the parser itself will say)."""
-    from hf_camphive.config import PRESETS
+    from hf_camphive.core.config import PRESETS
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")

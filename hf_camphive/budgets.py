@@ -5,9 +5,9 @@ Pure: reads costs, earlier plans and settings.
 
 from collections.abc import Sequence
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import PlanError
-from hf_camphive.plan import Budget, ChannelGroup, PrunePlan, format_cost
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan, format_cost
 from hf_camphive.planning import Budgeted, Costs, how_to_reach_lower, smallest
 
 

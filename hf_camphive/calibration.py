@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 
 _PIXELS_PER_BATCH = 2**20  # so that a backward pass of a usual network needs a few GB at most
 _MOST_PER_BATCH = 128

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from hf_camphive.errors import ConfigError, TrainingError
+from hf_camphive.core.errors import ConfigError, TrainingError
 from hf_camphive.precision import Precision
 from hf_camphive.report import format_share
 

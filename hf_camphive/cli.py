@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_camphive.allocator import keep_freed_memory
 from hf_camphive.arguments import (
     BUNDLED_MODEL,
     CompareArguments,
@@ -27,7 +26,8 @@ from hf_camphive.arguments import (
     parse,
     settings_of,
 )
-from hf_camphive.errors import CampHiVeError, ConfigError, ModelError, PlanError
+from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.core.errors import CampHiVeError, ConfigError, ModelError, PlanError
 
 USAGE = """usage: camphive {prune,inspect,evaluate,expand,compare} [options]
 
@@ -77,7 +77,7 @@ def _guarded(command: Any, arguments: Sequence[str]) -> int:
 
 def prune(arguments: Sequence[str]) -> None:
     """Prune a network, finetune it, save it, and print what came of it."""
-    from hf_camphive.config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
+    from hf_camphive.core.config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
 
     kinds = (ModelArguments, DataArguments, RunArguments, RecipeArguments, CampHiVeConfig)
     model, data, run, _, config = parse(prune, arguments, *kinds)
@@ -166,13 +166,13 @@ def inspect(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Print the accuracy and the cost of a model."""
-    from hf_camphive.config import CampHiVeConfig
+    from hf_camphive.core.config import CampHiVeConfig
 
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
+    from hf_camphive.core.runtime import make_accelerator
     from hf_camphive.evaluation import evaluate_accuracy
     from hf_camphive.footprint import footprint, measure_latency
-    from hf_camphive.launch import make_accelerator
     from hf_camphive.report import Stage, environment, stages_table
 
     config = CampHiVeConfig()
@@ -262,7 +262,7 @@ def _bottlenecks(folder: Path) -> list[str]:
 
 def compare(arguments: Sequence[str]) -> None:
     """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
-    from hf_camphive.config import CampHiVeConfig
+    from hf_camphive.core.config import CampHiVeConfig
 
     elsewhere = ("criterion", *vars(CompareArguments()), *NOT_COMPARED)
     settings = settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
@@ -322,7 +322,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
-    from hf_camphive.plan import PLAN_FILE, plans_to_json
+    from hf_camphive.core.plan import PLAN_FILE, plans_to_json
 
     plan = pruner.plan(loaders.calibration)
     if not pruner.accelerator.is_main_process:

@@ -25,17 +25,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_camphive.calibration import Calibration
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.core.plan import PrunePlan
+from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.criteria import CRITERIA, Scores
 from hf_camphive.data import Loaders
-from hf_camphive.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.footprint import count_macs, count_parameters
 from hf_camphive.graph import named_tensors
-from hf_camphive.launch import make_accelerator
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import BaseModel
-from hf_camphive.plan import PrunePlan
 from hf_camphive.plots import DPI, draw_comparison
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import Accuracy, environment, format_share, published

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
-from hf_camphive.errors import CurvatureError
+from hf_camphive.core.errors import CurvatureError
+from hf_camphive.core.memory import is_out_of_memory
 from hf_camphive.gates import GatedRun, GateSpace, gated_run
-from hf_camphive.memory import is_out_of_memory
 from hf_camphive.tracing import Trace
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import DataError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import DataError
 from hf_camphive.sources import ALIASES, class_names, find_columns, open_dataset, read_labels, revision_read
 from hf_camphive.splits import USUAL_SPLITS, divide, divide_streams
 

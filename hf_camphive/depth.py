@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from hf_camphive.plan import ChannelGroup
+from hf_camphive.core.plan import ChannelGroup
 
 EARLY_WEIGHTS = (1 / 4, 1 / 16)
 WORTH_IT = 0.9  # what a trial must bring the loss down to: less may be luck of the few images that judge

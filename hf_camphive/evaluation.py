@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_camphive.errors import DataError, TrainingError
-from hf_camphive.launch import progress_bar
+from hf_camphive.core.errors import DataError, TrainingError
+from hf_camphive.core.runtime import progress_bar
 from hf_camphive.metrics import TopK
 from hf_camphive.modes import keeping_modes
 from hf_camphive.precision import Batch, channels_last

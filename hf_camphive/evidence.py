@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.curvature import Batch, curvature_cotangent, label_cotangent
 from hf_camphive.gates import GateSpace, gate_gradients, gate_space
 from hf_camphive.spectrum import State

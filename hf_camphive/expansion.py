@@ -14,10 +14,10 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import ChannelGroup, Slot
 from hf_camphive.graph import named_tensors
 from hf_camphive.modeling_camphive import shortcuts_of
-from hf_camphive.plan import ChannelGroup, Slot
 from hf_camphive.surgery import rebuilt
 from hf_camphive.tracing import Trace
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_camphive import norms
-from hf_camphive.errors import ModelError
-from hf_camphive.memory import is_out_of_memory
+from hf_camphive.core.errors import ModelError
+from hf_camphive.core.memory import is_out_of_memory
 from hf_camphive.modes import keeping_modes
 
 aten = torch.ops.aten

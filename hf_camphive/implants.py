@@ -11,9 +11,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import ChannelGroup, PrunePlan, Slot
 from hf_camphive.graph import operation
-from hf_camphive.plan import ChannelGroup, PrunePlan, Slot
 from hf_camphive.tracing import Trace
 
 

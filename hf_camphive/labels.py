@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from hf_camphive.core.plan import Role
 from hf_camphive.graph import Graph, module_of
-from hf_camphive.plan import Role
 
 NO_CHANNEL = -1
 Place = tuple[str, int, Role, int]  # tensor, axis, role, position

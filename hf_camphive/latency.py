@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_camphive.core.plan import Branch, ChannelGroup
 from hf_camphive.folding import fold
 from hf_camphive.graph import named_tensors
 from hf_camphive.modeling_camphive import Shortcut, resize, widths_of
 from hf_camphive.operations import Operation, network_operations
-from hf_camphive.plan import Branch, ChannelGroup
 from hf_camphive.planning import Part, axis_widths, stream_width
 from hf_camphive.timing import LatencyTable, Prepare
 from hf_camphive.tracing import Trace

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import ceil
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import ConfigError
-from hf_camphive.plan import Branch, ChannelGroup
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.plan import Branch, ChannelGroup
 
 
 def floors(

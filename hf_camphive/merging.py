@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.plan import PrunePlan, Slot
 from hf_camphive.graph import operation, weight_of
-from hf_camphive.plan import PrunePlan, Slot
 from hf_camphive.planning import cyclic_pairs
 from hf_camphive.reconstruction import Reduce, constant_carrier, reconstruct
 from hf_camphive.surgery import State, mask_state

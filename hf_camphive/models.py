@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from hf_camphive import modeling_camphive
 from hf_camphive.cifar import checkpoint_filter
-from hf_camphive.errors import ModelError, PlanError
-from hf_camphive.plan import PLAN_FILE, PrunePlan, plans_from_json
+from hf_camphive.core.errors import ModelError, PlanError
+from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
 
 BUNDLED = "digits_resnet"
 WEIGHTS_FILE = "model.safetensors"

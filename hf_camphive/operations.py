@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.branches import operations_inside
+from hf_camphive.core.plan import Branch
 from hf_camphive.folding import foldable, shortcut_hosts
 from hf_camphive.graph import Graph, operation
-from hf_camphive.plan import Branch
 from hf_camphive.planning import Width, axis_widths
 from hf_camphive.tracing import Trace
 

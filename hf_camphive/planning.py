@@ -11,10 +11,10 @@ from math import inf, isfinite, prod
 
 from torch import Tensor
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import PlanError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import Branch, Budget, ChannelCut, ChannelGroup, PrunePlan, format_cost
 from hf_camphive.limits import floors
-from hf_camphive.plan import Branch, Budget, ChannelCut, ChannelGroup, PrunePlan, format_cost
 
 Costs = Mapping[str, float]
 

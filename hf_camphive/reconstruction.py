@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from hf_camphive.branches import Junction, affine_path, junctions
+from hf_camphive.core.plan import PrunePlan
 from hf_camphive.graph import compute, operation
 from hf_camphive.implants import implanted_slots, with_centres
-from hf_camphive.plan import PrunePlan
 from hf_camphive.ridge import Reduce, Sums
 from hf_camphive.surgery import State, mask_state
 from hf_camphive.tracing import Trace

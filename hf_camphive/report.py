@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from hf_camphive.errors import ModelError
+from hf_camphive.core.errors import ModelError
+from hf_camphive.core.plan import Budget, format_cost
 from hf_camphive.footprint import Footprint, Latency
-from hf_camphive.plan import Budget, format_cost
 
 REPORT_FILE = "report.json"
 SCHEMA = 1

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import mean, stdev
 from typing import Any
 
-from hf_camphive.errors import OutputError
+from hf_camphive.core.errors import OutputError
 
 SCHEMA = 1
 STEPS = ("score", "plan", "merge", "recalibrate", "polish", "finetune")  # those whose seconds the table shows

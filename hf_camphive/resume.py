@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_camphive import hub
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import ConfigError, ModelError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, ModelError
+from hf_camphive.core.plan import PrunePlan
 from hf_camphive.models import BaseModel, load_base
-from hf_camphive.plan import PrunePlan
 from hf_camphive.report import REPORT_FILE, PruneReport, published
 from hf_camphive.spectrum import State
 

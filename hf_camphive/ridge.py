@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_camphive.errors import ReconstructionError
+from hf_camphive.core.errors import ReconstructionError
 
 RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding is overcome below 1e-6

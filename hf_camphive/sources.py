@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 from torch import nn
 
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 from hf_camphive.splits import stratified
 
 ALIASES = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_camphive.errors import CurvatureError
+from hf_camphive.core.errors import CurvatureError
 
 Product = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]  # where an iteration stands, as tensors that safetensors can hold

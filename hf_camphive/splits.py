@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 
 logger = logging.getLogger(__name__)
 

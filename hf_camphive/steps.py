@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.budgets import dense_sizes, is_finished, next_targets
 from hf_camphive.calibration import Calibration
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, PlanError
+from hf_camphive.core.plan import PrunePlan
+from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.depth import best_early_weight, weighed
-from hf_camphive.errors import ConfigError, PlanError
 from hf_camphive.evaluation import recalibrate_batchnorm
 from hf_camphive.evidence import Evidence, Memory, Scores
 from hf_camphive.graph import named_tensors
 from hf_camphive.implants import with_implants
 from hf_camphive.latency import latency_parts
-from hf_camphive.launch import make_accelerator
 from hf_camphive.merging import MERGE_RULES, merge, with_pairs
 from hf_camphive.models import BaseModel, as_base
-from hf_camphive.plan import PrunePlan
 from hf_camphive.planning import Budgeted, Part, make_plan
 from hf_camphive.polish import Polished, polish
 from hf_camphive.precision import polish_precision

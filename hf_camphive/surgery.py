@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.memory import is_out_of_memory
+from hf_camphive.core.plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
 from hf_camphive.graph import named_tensors
 from hf_camphive.implants import implanted_slots, split_off_implants, with_centres
-from hf_camphive.memory import is_out_of_memory
 from hf_camphive.modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
 from hf_camphive.modes import keeping_modes
-from hf_camphive.plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
 from hf_camphive.tracing import Trace
 
 State = dict[str, Tensor]

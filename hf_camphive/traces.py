@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_camphive.errors import CurvatureError
+from hf_camphive.core.errors import CurvatureError
 from hf_camphive.spectrum import Product, checked, progress_bar, random_block, remainder
 
 

@@ -16,11 +16,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 
 import hf_camphive.cifar  # noqa: F401  (registers the network in timm)
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.data import Loaders, load_loaders
 from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.footprint import count_macs, count_parameters
-from hf_camphive.launch import make_accelerator
 from hf_camphive.report import Accuracy
 from hf_camphive.training import finetune
 

@@ -6,8 +6,8 @@ import pytest
 from support.chains import chain, config
 
 from hf_camphive.budgets import absolute, dense_sizes, is_finished, next_targets, overall_budgets
-from hf_camphive.errors import PlanError
-from hf_camphive.plan import Budget, ChannelGroup, PrunePlan, Slot
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan, Slot
 
 
 def plan(*budgets: Budget, groups: tuple[ChannelGroup, ...] = ()) -> PrunePlan:

@@ -5,7 +5,7 @@ import torch
 from support.toys import images
 
 from hf_camphive.calibration import Calibration
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 
 
 def loader(count: int, size: int = 8) -> list[dict[str, torch.Tensor]]:

@@ -24,11 +24,11 @@ from transformers import AutoModelForImageClassification
 import hf_camphive
 from hf_camphive import cli, hub, pruner, steps
 from hf_camphive.arguments import RecipeArguments, parse
-from hf_camphive.config import PRESETS, CampHiVeConfig
-from hf_camphive.errors import TrainingError
+from hf_camphive.core.config import PRESETS, CampHiVeConfig
+from hf_camphive.core.errors import TrainingError
+from hf_camphive.core.plan import PLAN_FILE, plans_from_json
 from hf_camphive.footprint import count_macs
 from hf_camphive.models import load_base
-from hf_camphive.plan import PLAN_FILE, plans_from_json
 from hf_camphive.report import REPORT_FILE, PruneReport, format_count, format_share
 
 ROOT = Path(__file__).parent.parent

@@ -11,16 +11,16 @@ from support.toys import ToyResNet, images, randomise
 
 from hf_camphive import comparison
 from hf_camphive.comparison import Comparison, grid
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.data import load_loaders
-from hf_camphive.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
-from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.results import Cell, Results, Row
 from hf_camphive.tracing import trace_network

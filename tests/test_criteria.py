@@ -10,7 +10,7 @@ from support.toys import ToyResNet
 from torch import Tensor, nn
 
 from hf_camphive import second_order
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.curvature import label_cotangent
 from hf_camphive.evidence import Evidence

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
+from hf_camphive.core.errors import CurvatureError
 from hf_camphive.curvature import (
     curvature_cotangent,
     factored_curvature,
@@ -26,7 +27,6 @@ from hf_camphive.curvature import (
     network_curvature,
     softmax_factors,
 )
-from hf_camphive.errors import CurvatureError
 from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
 from hf_camphive.graph import named_tensors
 from hf_camphive.spectrum import lanczos

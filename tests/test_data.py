@@ -16,8 +16,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 import hf_camphive.cifar  # noqa: F401
 from hf_camphive import data
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import DataError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import DataError
 
 DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 NAMES = ["ant", "bee", "cat"]

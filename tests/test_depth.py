@@ -7,11 +7,11 @@ import torch
 
 from hf_camphive import steps
 from hf_camphive.calibration import Calibration
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.data import load_loaders
 from hf_camphive.depth import best_early_weight, weighed
-from hf_camphive.errors import ConfigError
-from hf_camphive.plan import ChannelGroup
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.surgery import apply_plan
 

@@ -10,7 +10,7 @@ from support.training import CONFIG, Images, Net, accuracy_by_hand, same
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_camphive.errors import DataError, TrainingError
+from hf_camphive.core.errors import DataError, TrainingError
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 
 

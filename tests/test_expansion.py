@@ -9,11 +9,11 @@ import torch
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.branches import droppable_branches
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan
 from hf_camphive.expansion import draw_widenings, expand
 from hf_camphive.graph import named_tensors
 from hf_camphive.modeling_camphive import shortcuts_of, widths_of
-from hf_camphive.plan import ChannelCut, ChannelGroup, PrunePlan
 from hf_camphive.surgery import apply_plan
 from hf_camphive.tracing import trace_network
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base, load_loaders
-from hf_camphive.plan import PrunePlan, plans_to_json
+from hf_camphive.core.plan import PrunePlan, plans_to_json
 from hf_camphive.report import PruneReport, environment
 
 RECORD = Path(__file__).parent / "golden" / "results.json"

@@ -15,16 +15,16 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive.branches import droppable_branches, exterior_groups
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, PlanError
+from hf_camphive.core.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
 from hf_camphive.data import load_loaders
-from hf_camphive.errors import ConfigError, PlanError
 from hf_camphive.footprint import count_macs
 from hf_camphive.graph import named_tensors
 from hf_camphive.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.merging import merge
 from hf_camphive.modeling_camphive import ImplantedConv2d
 from hf_camphive.models import load_base
-from hf_camphive.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
 from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.reconstruction import reconstruct

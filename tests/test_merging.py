@@ -7,10 +7,10 @@ from support.plans import plan_with
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.plan import PrunePlan
 from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES, Removal, cyclic, cyclic_ls, lstsq, merge, nearest, none, with_pairs
-from hf_camphive.plan import PrunePlan
 from hf_camphive.planning import cyclic_pairs
 from hf_camphive.surgery import apply_plan
 from hf_camphive.tracing import trace_network

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_camphive import models
-from hf_camphive.errors import ModelError
+from hf_camphive.core.errors import ModelError
+from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, plans_to_json
 from hf_camphive.modeling_camphive import CampHiVeForImageClassification, resize, widths_of
-from hf_camphive.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, plans_to_json
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "../shared/data/weights"
 

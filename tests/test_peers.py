@@ -10,10 +10,10 @@ import torch
 
 from hf_camphive.calibration import Calibration
 from hf_camphive.comparison import Problem
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import PlanError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import PlanError
+from hf_camphive.core.plan import ChannelCut
 from hf_camphive.footprint import count_macs
-from hf_camphive.plan import ChannelCut
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.surgery import apply_plan
 

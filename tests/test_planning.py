@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.chains import chain, config, group
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import ConfigError, PlanError
-from hf_camphive.plan import Branch, ChannelGroup, Slot
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError, PlanError
+from hf_camphive.core.plan import Branch, ChannelGroup, Slot
 from hf_camphive.planning import Budgeted, Part, Width, cyclic_pairs, make_plan, smallest
 
 

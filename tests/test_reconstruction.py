@@ -10,7 +10,7 @@ from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
 import hf_camphive.reconstruction as reconstruction
-from hf_camphive.errors import ReconstructionError
+from hf_camphive.core.errors import ReconstructionError
 from hf_camphive.graph import named_tensors
 from hf_camphive.reconstruction import reconstruct
 from hf_camphive.ridge import Sums

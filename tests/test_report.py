@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_camphive.errors import ModelError
+from hf_camphive.core.errors import ModelError
 from hf_camphive.footprint import Footprint, Latency
 from hf_camphive.report import (
     NOT_MEASURED,

@@ -9,7 +9,7 @@ from statistics import stdev
 import numpy as np
 import pytest
 
-from hf_camphive.errors import OutputError
+from hf_camphive.core.errors import OutputError
 from hf_camphive.plots import draw_comparison
 from hf_camphive.results import Cell, Results, Row, Spread, differences
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_camphive.errors import ReconstructionError
+from hf_camphive.core.errors import ReconstructionError
 from hf_camphive.ridge import Sums
 
 

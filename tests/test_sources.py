@@ -9,7 +9,7 @@ import timm
 from datasets import ClassLabel, Image, Value
 
 import hf_camphive.cifar  # noqa: F401
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 from hf_camphive.sources import _with_features, class_names, digits, find_columns
 
 NAMES = ["ant", "bee", "cat"]

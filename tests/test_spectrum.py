@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from support.spectra import seed, with_spectrum
 from torch import Tensor
 
-from hf_camphive.errors import CampHiVeError, CurvatureError
+from hf_camphive.core.errors import CampHiVeError, CurvatureError
 from hf_camphive.spectrum import (
     LARGEST_DENSE,
     Outcome,

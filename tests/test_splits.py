@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_camphive.errors import DataError
+from hf_camphive.core.errors import DataError
 from hf_camphive.splits import HeldOut, divide, stratified
 
 

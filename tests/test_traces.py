@@ -7,7 +7,7 @@ import torch
 from support.spectra import seed, with_spectrum
 from torch import Tensor
 
-from hf_camphive.errors import CurvatureError
+from hf_camphive.core.errors import CurvatureError
 from hf_camphive.traces import Traces, hutch_plus_plus, hutchinson
 
 SEGMENTS = torch.tensor([0, 0, 0, 1, 1, -1, 2, 2, 2, 2, -1, 1]).repeat_interleave(2)

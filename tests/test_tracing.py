@@ -9,7 +9,7 @@ from support.toys import Block, Chain, Toy, ToyResNet, images, randomise
 from torch import Tensor, nn
 
 from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
-from hf_camphive.errors import CampHiVeError, ModelError
+from hf_camphive.core.errors import CampHiVeError, ModelError
 from hf_camphive.graph import named_tensors
 from hf_camphive.surgery import check_groups
 from hf_camphive.tracing import trace_network

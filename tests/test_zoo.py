@@ -13,7 +13,7 @@ from timm.layers import LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ViTConfig
 
-from hf_camphive.errors import ModelError
+from hf_camphive.core.errors import ModelError
 from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
 from hf_camphive.pruner import CampHiVePruner

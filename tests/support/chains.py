@@ -1,7 +1,7 @@
 """Networks that planning knows by their shapes alone."""
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.plan import ChannelGroup, Slot
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.plan import ChannelGroup, Slot
 from hf_camphive.planning import Budgeted
 
 

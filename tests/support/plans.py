@@ -3,9 +3,9 @@
 import torch
 
 from hf_camphive.branches import droppable_branches, exterior_groups
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.graph import named_tensors
-from hf_camphive.plan import ChannelCut, PrunePlan
 from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.tracing import Trace
 

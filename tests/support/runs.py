@@ -1,7 +1,7 @@
 """Short whole runs on the bundled digits, and ways to kill them."""
 
 from hf_camphive import checkpoints, pruner, steps, training
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.data import load_loaders
 from hf_camphive.pruner import CampHiVePruner
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.config import CampHiVeConfig
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.evidence import Evidence
 from hf_camphive.graph import named_tensors
 from hf_camphive.tracing import trace_network

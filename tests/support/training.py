@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hf_camphive.checkpoints import CheckpointStore
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.launch import make_accelerator
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.training import finetune
 
 CLASSES, SIZE = 7, 6

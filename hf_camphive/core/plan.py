@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-from hf_camphive.errors import PlanError
+from hf_camphive.core.errors import PlanError
 
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hf_camphive.errors import CampHiVeError, PlanError
-from hf_camphive.plan import (
+from hf_camphive.core.errors import CampHiVeError, PlanError
+from hf_camphive.core.plan import (
     Branch,
     ChannelCut,
     ChannelGroup,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from hf_camphive.errors import ConfigError
+from hf_camphive.core.errors import ConfigError
 
 CONFIG_FILE = "camphive_config.json"
 SCHEMA = 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.training import CONFIG, fresh_accelerator
 
-from hf_camphive.errors import ConfigError
+from hf_camphive.core.errors import ConfigError
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):

@@ -6,8 +6,8 @@ from typing import Literal, get_origin
 
 import pytest
 
-from hf_camphive.config import CONFIG_FILE, PRESETS, SCHEMA, CampHiVeConfig
-from hf_camphive.errors import CampHiVeError, ConfigError
+from hf_camphive.core.config import CONFIG_FILE, PRESETS, SCHEMA, CampHiVeConfig
+from hf_camphive.core.errors import CampHiVeError, ConfigError
 
 WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type is int]
 REAL = [f.name for f in fields(CampHiVeConfig) if f.type is float]

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from hf_camphive import allocator
+from hf_camphive.core import allocator
 
 FAULTS = """
 import resource, torch
-from hf_camphive.allocator import keep_freed_memory
+from hf_camphive.core.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

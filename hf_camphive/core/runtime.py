@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from hf_camphive.config import CampHiVeConfig
-from hf_camphive.errors import ConfigError
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
