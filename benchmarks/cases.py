@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hf_camphive import load_base
 from hf_camphive.curvature import Curvature, gate_curvature, network_curvature
 from hf_camphive.gates import gate_space
-from hf_camphive.graph import named_tensors
-from hf_camphive.tracing import Trace, trace_network
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace, trace_network
 
 SEED = 0
 WEIGHTS = {"cifar_resnet20": "cifar10_resnet20", "cifar_resnet32": "cifar10_resnet32"}  # beside those of NETWORKS

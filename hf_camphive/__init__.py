@@ -10,7 +10,7 @@ pruned models as soon as it is imported.
 from importlib import import_module
 from typing import Any
 
-from hf_camphive import modeling_camphive  # noqa: F401  (registers the readers)
+from hf_camphive.network.modeling import modeling_camphive  # noqa: F401  (registers the readers)
 
 __version__ = "0.1.0"
 
@@ -18,10 +18,10 @@ _HOMES = {
     "CampHiVeConfig": "hf_camphive.core.config",
     "CampHiVePruner": "hf_camphive.pruner",
     "CampHiVeError": "hf_camphive.core.errors",
-    "CampHiVeForImageClassification": "hf_camphive.modeling_camphive",
+    "CampHiVeForImageClassification": "hf_camphive.network.modeling.modeling_camphive",
     "PrunePlan": "hf_camphive.core.plan",
-    "expand": "hf_camphive.expansion",
-    "fold": "hf_camphive.folding",
+    "expand": "hf_camphive.network.surgery.widening",
+    "fold": "hf_camphive.network.surgery.folding",
     "from_pretrained": "hf_camphive.hub",
     "load_base": "hf_camphive.models",
     "load_loaders": "hf_camphive.data",

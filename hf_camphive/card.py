@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_camphive.expansion import Expansion
+from hf_camphive.network.surgery.widening import Expansion
 from hf_camphive.report import (
     NOT_MEASURED,
     GroupRatio,

@@ -128,11 +128,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from hf_camphive.branches import droppable_branches, exterior_groups
-    from hf_camphive.graph import named_tensors
+    from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
+    from hf_camphive.network.graph.program import named_tensors
+    from hf_camphive.network.graph.tracing import trace_network
+    from hf_camphive.network.surgery.cutting import check_groups
     from hf_camphive.report import format_count
-    from hf_camphive.surgery import check_groups
-    from hf_camphive.tracing import trace_network
 
     base = _load(model)
     trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
@@ -172,7 +172,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from hf_camphive.core.runtime import make_accelerator
     from hf_camphive.evaluation import evaluate_accuracy
-    from hf_camphive.footprint import footprint, measure_latency
+    from hf_camphive.network.footprint import footprint, measure_latency
     from hf_camphive.report import Stage, environment, stages_table
 
     config = CampHiVeConfig()
@@ -204,13 +204,13 @@ def expand(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from hf_camphive.expansion import Expansion
-    from hf_camphive.expansion import expand as widen
-    from hf_camphive.footprint import count_macs, count_parameters
     from hf_camphive.hub import check_output_folder, save_expanded
+    from hf_camphive.network.footprint import count_macs, count_parameters
+    from hf_camphive.network.graph.tracing import trace_network
+    from hf_camphive.network.surgery.cutting import check_groups
+    from hf_camphive.network.surgery.widening import Expansion
+    from hf_camphive.network.surgery.widening import expand as widen
     from hf_camphive.report import format_count, published
-    from hf_camphive.surgery import check_groups
-    from hf_camphive.tracing import trace_network
 
     output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
     _log_to_terminal(main_process=True)

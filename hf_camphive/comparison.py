@@ -32,15 +32,15 @@ from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.criteria import CRITERIA, Scores
 from hf_camphive.data import Loaders
 from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from hf_camphive.footprint import count_macs, count_parameters
-from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import BaseModel
+from hf_camphive.network.footprint import count_macs, count_parameters
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.plots import DPI, draw_comparison
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import Accuracy, environment, format_share, published
 from hf_camphive.results import Cell, Results, Row, differences
-from hf_camphive.tracing import Trace
 from hf_camphive.training import finetune
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from hf_camphive.curvature import (
 )
 from hf_camphive.evidence import Evidence, Scores
 from hf_camphive.gates import gate_gradients
-from hf_camphive.graph import operation
 from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
+from hf_camphive.network.graph.program import operation
 from hf_camphive.second_order import channel_costs, hap, hive_paper, sosp_h, sosp_i
 from hf_camphive.spectrum import lanczos, power_iteration
 

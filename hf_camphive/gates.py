@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hf_camphive.graph import Graph, compute, operation, weight_of
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.program import Graph, compute, operation, weight_of
+from hf_camphive.network.graph.tracing import Trace
 
 
 @dataclass(frozen=True)

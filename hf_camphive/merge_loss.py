@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.gates import GateSpace
-from hf_camphive.graph import compute, operation
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.program import compute, operation
+from hf_camphive.network.graph.tracing import Trace
 
 RIDGE = 1e-3
 ROUND = 64  # one in so many of the channels that are left goes in a round

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan, Slot
-from hf_camphive.graph import operation, weight_of
+from hf_camphive.network.graph.program import operation, weight_of
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.planning import cyclic_pairs
 from hf_camphive.reconstruction import Reduce, constant_carrier, reconstruct
-from hf_camphive.surgery import State, mask_state
-from hf_camphive.tracing import Trace
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_camphive import modeling_camphive
-from hf_camphive.cifar import checkpoint_filter
 from hf_camphive.core.errors import ModelError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
+from hf_camphive.network.modeling import modeling_camphive
+from hf_camphive.network.modeling.cifar import checkpoint_filter
 
 BUNDLED = "digits_resnet"
 WEIGHTS_FILE = "model.safetensors"

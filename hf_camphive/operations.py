@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.branches import operations_inside
 from hf_camphive.core.plan import Branch
-from hf_camphive.folding import foldable, shortcut_hosts
-from hf_camphive.graph import Graph, operation
+from hf_camphive.network.graph.blocks import operations_inside
+from hf_camphive.network.graph.program import Graph, operation
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.surgery.folding import foldable, shortcut_hosts
 from hf_camphive.planning import Width, axis_widths
-from hf_camphive.tracing import Trace
 
 _FREE = ("dropout", "feature_dropout", "detach", "alias", "to", "_to_copy", "contiguous", "lift_fresh_copy")
 Dim = int | Width

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_camphive.calibration import Calibration
 from hf_camphive.evaluation import batchnorms
-from hf_camphive.modes import keeping_modes
+from hf_camphive.network.modes import keeping_modes
 from hf_camphive.optimization import warmup_cosine
 from hf_camphive.precision import Precision, at_least_fp32, autocast, channels_last
 

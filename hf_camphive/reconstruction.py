@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from hf_camphive.branches import Junction, affine_path, junctions
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.graph import compute, operation
-from hf_camphive.implants import implanted_slots, with_centres
+from hf_camphive.network.graph.blocks import Junction, affine_path, junctions
+from hf_camphive.network.graph.program import compute, operation
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.surgery.cutting import State, mask_state
+from hf_camphive.network.surgery.implants import implanted_slots, with_centres
 from hf_camphive.ridge import Reduce, Sums
-from hf_camphive.surgery import State, mask_state
-from hf_camphive.tracing import Trace
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 LEAST_ROWS = 100_000

@@ -15,7 +15,7 @@ import torch
 
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import Budget, format_cost
-from hf_camphive.footprint import Footprint, Latency
+from hf_camphive.network.footprint import Footprint, Latency
 
 REPORT_FILE = "report.json"
 SCHEMA = 1

@@ -11,13 +11,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from hf_camphive.branches import exterior_groups
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature import gate_curvature, weight_curvature
 from hf_camphive.evidence import Evidence, Scores
+from hf_camphive.network.graph.blocks import exterior_groups
+from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.spectrum import Product, power_iteration
 from hf_camphive.traces import hutchinson
-from hf_camphive.tracing import Trace
 
 logger = logging.getLogger(__name__)
 

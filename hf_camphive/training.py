@@ -30,7 +30,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError, TrainingError
 from hf_camphive.core.runtime import progress_bar
 from hf_camphive.evaluation import evaluate_accuracy
-from hf_camphive.modes import keeping_modes
+from hf_camphive.network.modes import keeping_modes
 from hf_camphive.optimization import classification_loss, make_optimizer, warmup_cosine
 from hf_camphive.precision import Batch, Precision, autocast, channels_last, shared_choice
 from hf_camphive.weight_pruning import keep_zeros

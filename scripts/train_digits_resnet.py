@@ -15,12 +15,12 @@ from accelerate.utils import set_seed
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 
-import hf_camphive.cifar  # noqa: F401  (registers the network in timm)
+import hf_camphive.network.modeling.cifar  # noqa: F401  (registers the network in timm)
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.data import Loaders, load_loaders
 from hf_camphive.evaluation import evaluate_accuracy
-from hf_camphive.footprint import count_macs, count_parameters
+from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.report import Accuracy
 from hf_camphive.training import finetune
 

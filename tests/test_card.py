@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from hf_camphive.card import FOLDER_PLACEHOLDER, render_card
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.footprint import Footprint, Latency
+from hf_camphive.network.footprint import Footprint, Latency
 from hf_camphive.plots import draw_plots
 from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage
 

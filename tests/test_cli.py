@@ -27,8 +27,8 @@ from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
-from hf_camphive.footprint import count_macs
 from hf_camphive.models import load_base
+from hf_camphive.network.footprint import count_macs
 from hf_camphive.report import REPORT_FILE, PruneReport, format_count, format_share
 
 ROOT = Path(__file__).parent.parent

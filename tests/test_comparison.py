@@ -17,13 +17,13 @@ from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.data import load_loaders
 from hf_camphive.evaluation import evaluate_accuracy
-from hf_camphive.footprint import count_macs
-from hf_camphive.graph import named_tensors
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
+from hf_camphive.network.footprint import count_macs
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.results import Cell, Results, Row
-from hf_camphive.tracing import trace_network
 
 CONFIG = CampHiVeConfig(num_train_epochs=0, polish_steps=0, mixed_precision="no", curvature_images=16, power_steps=3)
 BASE = load_base("digits_resnet")

@@ -15,11 +15,11 @@ from hf_camphive.criteria import CRITERIA
 from hf_camphive.curvature import label_cotangent
 from hf_camphive.evidence import Evidence
 from hf_camphive.gates import gate_gradients, gate_space, lift
-from hf_camphive.graph import named_tensors
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.second_order import greedy_marginals
 from hf_camphive.spectrum import Eigenpairs, eigenpairs_of
 from hf_camphive.traces import Estimate, Traces
-from hf_camphive.tracing import trace_network
 
 
 def exact_diagonal(product, size: int, *_, **settings) -> Traces:

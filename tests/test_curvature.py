@@ -28,10 +28,10 @@ from hf_camphive.curvature import (
     softmax_factors,
 )
 from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
-from hf_camphive.graph import named_tensors
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.spectrum import lanczos
 from hf_camphive.traces import hutchinson
-from hf_camphive.tracing import trace_network
 
 NETS = {
     "residual": lambda: ToyResNet(nn.Tanh),

@@ -14,7 +14,7 @@ import timm
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-import hf_camphive.cifar  # noqa: F401
+import hf_camphive.network.modeling.cifar  # noqa: F401
 from hf_camphive import data
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError

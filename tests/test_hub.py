@@ -29,8 +29,8 @@ from hf_camphive import hub
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ModelError, OutputError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan, plans_from_json
-from hf_camphive.footprint import footprint
-from hf_camphive.modeling_camphive import resize, widths_of
+from hf_camphive.network.footprint import footprint
+from hf_camphive.network.modeling.modeling_camphive import resize, widths_of
 from hf_camphive.report import PruneReport, Stage
 
 LABELS = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

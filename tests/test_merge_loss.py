@@ -9,10 +9,10 @@ from hf_camphive import criteria
 from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE
 from hf_camphive.curvature import curvature_cotangent
 from hf_camphive.gates import gate_space
-from hf_camphive.graph import named_tensors
 from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.second_order import channel_costs
-from hf_camphive.tracing import trace_network
 
 GROUP, READER = "block1.conv1", "block1.conv2.weight"
 

@@ -13,9 +13,9 @@ from hf_camphive.comparison import Problem
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelCut
-from hf_camphive.footprint import count_macs
+from hf_camphive.network.footprint import count_macs
+from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.surgery import apply_plan
 
 pytest.importorskip("torch_pruning", reason='needs pip install "hf_camphive[benchmarks]"')
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

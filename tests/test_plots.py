@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from hf_camphive.footprint import Footprint, Latency
+from hf_camphive.network.footprint import Footprint, Latency
 from hf_camphive.plots import (
     MOST_CURVES,
     draw_finetune,

@@ -27,9 +27,9 @@ from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.criteria import CRITERIA
 from hf_camphive.data import load_loaders
 from hf_camphive.evaluation import evaluate_accuracy
-from hf_camphive.footprint import count_macs, count_parameters
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
+from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport
 from hf_camphive.resume import IterationMemory

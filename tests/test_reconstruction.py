@@ -11,11 +11,11 @@ from torch import nn
 
 import hf_camphive.reconstruction as reconstruction
 from hf_camphive.core.errors import ReconstructionError
-from hf_camphive.graph import named_tensors
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.reconstruction import reconstruct
 from hf_camphive.ridge import Sums
-from hf_camphive.surgery import apply_plan
-from hf_camphive.tracing import trace_network
 
 
 def prepared(net: nn.Module, size: int = 8):

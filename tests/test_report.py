@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.footprint import Footprint, Latency
+from hf_camphive.network.footprint import Footprint, Latency
 from hf_camphive.report import (
     NOT_MEASURED,
     Accuracy,

@@ -8,7 +8,7 @@ import pytest
 import timm
 from datasets import ClassLabel, Image, Value
 
-import hf_camphive.cifar  # noqa: F401
+import hf_camphive.network.modeling.cifar  # noqa: F401
 from hf_camphive.core.errors import DataError
 from hf_camphive.sources import _with_features, class_names, digits, find_columns
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification
 from hf_camphive import hub
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import PLAN_FILE, plans_to_json
-from hf_camphive.modeling_camphive import CampHiVeForImageClassification
 from hf_camphive.models import load_base
+from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
 
 READERS = {
     "hf_camphive": hub.from_pretrained,

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 
-from hf_camphive import footprint, pruner
+from hf_camphive import pruner
+from hf_camphive.network import footprint
 
 measure_briefly = partial(footprint.measure_latency, runs=3, seconds=0.1)
 

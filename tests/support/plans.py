@@ -2,12 +2,12 @@
 
 import torch
 
-from hf_camphive.branches import droppable_branches, exterior_groups
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelCut, PrunePlan
-from hf_camphive.graph import named_tensors
+from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.planning import Budgeted, make_plan
-from hf_camphive.tracing import Trace
 
 
 def plan_with(trace: Trace, keep: dict[str, tuple[int, ...]], dropped: tuple[str, ...] = ()) -> PrunePlan:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.evidence import Evidence
-from hf_camphive.graph import named_tensors
-from hf_camphive.tracing import trace_network
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
 from support.toys import Block, ToyResNet, images, randomise, seeded
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ViTConfig
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.graph import named_tensors
 from hf_camphive.models import load_base
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.surgery import apply_plan, check_groups, mask_state
-from hf_camphive.tracing import trace_network
 
-SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).parent.parent / "benchmarks" / "zoo.py")
+SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).parents[2] / "benchmarks" / "zoo.py")
 zoo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(zoo)
 SAMPLE = [  # small ones of families that differ: residuals, gates, splits, shuffles of paths, groups, other norms, attention

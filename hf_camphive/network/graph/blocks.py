@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from hf_camphive.core.plan import Branch, ChannelGroup
-from hf_camphive.graph import Graph, block_modules, module_of, modules_of, operation
-from hf_camphive.handlers import ELEMENTWISE
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.handlers import ELEMENTWISE
+from hf_camphive.network.graph.program import Graph, block_modules, module_of, modules_of, operation
+from hf_camphive.network.graph.tracing import Trace
 
 _LINEAR = ("conv2d", "linear")
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from timm.models import load_pretrained
 from torch import Tensor
 
-from hf_camphive import cifar
+from hf_camphive.network.modeling import cifar
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "../shared/data/weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"
 
 
 def reference_logits(state: dict[str, Tensor], images: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_camphive.core.plan import ChannelGroup, Role, Slot
-from hf_camphive.graph import Graph, export_graph, operation
-from hf_camphive.handlers import follow
-from hf_camphive.labels import NO_CHANNEL, Labels, Place, thin
+from hf_camphive.network.graph.handlers import follow
+from hf_camphive.network.graph.labels import NO_CHANNEL, Labels, Place, thin
+from hf_camphive.network.graph.program import Graph, export_graph, operation
 
 
 @dataclass(frozen=True)

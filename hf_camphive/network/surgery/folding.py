@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hf_camphive.graph import Graph, export_graph, module_of, modules_of, named_tensors, operation
-from hf_camphive.modeling_camphive import Shortcut
+from hf_camphive.network.graph.program import Graph, export_graph, module_of, modules_of, named_tensors, operation
+from hf_camphive.network.modeling.modeling_camphive import Shortcut
 
 
 def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:

@@ -9,9 +9,9 @@ from support.plans import plan_with, random_plan
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.core.errors import ModelError, PlanError
-from hf_camphive.graph import export_graph, named_tensors
-from hf_camphive.surgery import apply_plan, check_groups, mask_state
-from hf_camphive.tracing import trace_network
+from hf_camphive.network.graph.program import export_graph, named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
 
 NETWORKS = [
     "resnet18",

@@ -11,10 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
-from hf_camphive import norms
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.memory import is_out_of_memory
-from hf_camphive.modes import keeping_modes
+from hf_camphive.network.graph import masked_norms as norms
+from hf_camphive.network.modes import keeping_modes
 
 aten = torch.ops.aten
 GONE = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm

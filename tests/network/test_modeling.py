@@ -11,7 +11,7 @@ from timm.layers import SpaceToDepth
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_camphive.modeling_camphive import (
+from hf_camphive.network.modeling.modeling_camphive import (
     CampHiVeForImageClassification,
     Shortcut,
     _input_channels,

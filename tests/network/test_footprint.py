@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_camphive.footprint import count_macs, count_parameters, footprint, measure_latency
+from hf_camphive.network.footprint import count_macs, count_parameters, footprint, measure_latency
 
 
 def test_counts_of_resnet18():

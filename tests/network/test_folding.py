@@ -15,11 +15,11 @@ from timm.layers import BatchNormAct2d, GroupNormAct, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from hf_camphive.folding import fold, foldable
-from hf_camphive.graph import export_graph, named_tensors
+from hf_camphive.network.graph.program import export_graph, named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.surgery.cutting import apply_plan, check_groups
+from hf_camphive.network.surgery.folding import fold, foldable
 from hf_camphive.reconstruction import reconstruct
-from hf_camphive.surgery import apply_plan, check_groups
-from hf_camphive.tracing import trace_network
 
 
 class Scaled(nn.BatchNorm2d):

@@ -8,11 +8,11 @@ import torch
 from support.toys import Block, Chain, Toy, ToyResNet, images, randomise
 from torch import Tensor, nn
 
-from hf_camphive.branches import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.core.errors import CampHiVeError, ModelError
-from hf_camphive.graph import named_tensors
-from hf_camphive.surgery import check_groups
-from hf_camphive.tracing import trace_network
+from hf_camphive.network.graph.blocks import affine_path, droppable_branches, exterior_groups, junctions
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.surgery.cutting import check_groups
 
 
 def groups_of(net: nn.Module, size: int = 8) -> dict[str, list[tuple[str, int, str]]]:
@@ -67,7 +67,7 @@ def test_macs_of_the_weights_are_torchs_own_count():
     net = timm.create_model("mobilenetv2_100").eval()
     trace = trace_network(net, (3, 224, 224))
     sizes = {name: p.numel() for name, p in net.named_parameters()}
-    from hf_camphive.footprint import count_macs
+    from hf_camphive.network.footprint import count_macs
 
     assert sum(count * sizes[name] for name, count in trace.positions.items()) == count_macs(net, (3, 224, 224))
 

@@ -10,8 +10,18 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.graph import GONE, module_of, operation, standardised, weight_of
-from hf_camphive.labels import NO_CHANNEL, Labels, NotUnderstood, compact, shape_of, sizes, spread, thin, varies
+from hf_camphive.network.graph.labels import (
+    NO_CHANNEL,
+    Labels,
+    NotUnderstood,
+    compact,
+    shape_of,
+    sizes,
+    spread,
+    thin,
+    varies,
+)
+from hf_camphive.network.graph.program import GONE, module_of, operation, standardised, weight_of
 
 aten = torch.ops.aten
 ELEMENTWISE = tuple(

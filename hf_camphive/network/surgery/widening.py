@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelGroup, Slot
-from hf_camphive.graph import named_tensors
-from hf_camphive.modeling_camphive import shortcuts_of
-from hf_camphive.surgery import rebuilt
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.modeling.modeling_camphive import shortcuts_of
+from hf_camphive.network.surgery.cutting import rebuilt
 
 EXPANSION_FILE = "expansion.json"
 SCHEMA = 1

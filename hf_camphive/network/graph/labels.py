@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.core.plan import Role
-from hf_camphive.graph import Graph, module_of
+from hf_camphive.network.graph.program import Graph, module_of
 
 NO_CHANNEL = -1
 Place = tuple[str, int, Role, int]  # tensor, axis, role, position

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan, Slot
-from hf_camphive.graph import operation
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.program import operation
+from hf_camphive.network.graph.tracing import Trace
 
 
 def implantable_groups(trace: Trace) -> frozenset[str]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.memory import is_out_of_memory
 from hf_camphive.core.plan import Branch, ChannelCut, ChannelGroup, PrunePlan, Slot
-from hf_camphive.graph import named_tensors
-from hf_camphive.implants import implanted_slots, split_off_implants, with_centres
-from hf_camphive.modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
-from hf_camphive.modes import keeping_modes
-from hf_camphive.tracing import Trace
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.modeling.modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
+from hf_camphive.network.modes import keeping_modes
+from hf_camphive.network.surgery.implants import implanted_slots, split_off_implants, with_centres
 
 State = dict[str, Tensor]
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}

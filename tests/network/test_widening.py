@@ -8,14 +8,14 @@ import timm
 import torch
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
-from hf_camphive.branches import droppable_branches
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan
-from hf_camphive.expansion import draw_widenings, expand
-from hf_camphive.graph import named_tensors
-from hf_camphive.modeling_camphive import shortcuts_of, widths_of
-from hf_camphive.surgery import apply_plan
-from hf_camphive.tracing import trace_network
+from hf_camphive.network.graph.blocks import droppable_branches
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.network.modeling.modeling_camphive import shortcuts_of, widths_of
+from hf_camphive.network.surgery.cutting import apply_plan
+from hf_camphive.network.surgery.widening import draw_widenings, expand
 
 TOYS = {"resnet": (ToyResNet, 8), "flattened": (Chain, 8), "grouped": (lambda: Chain(2), 8)}
 ZOO = {
