@@ -16,10 +16,10 @@ from measuring import resident_bytes
 from networks import NETWORKS, base_of, loaders_of
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
-from hf_camphive.calibration import Calibration
 from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.report import environment
+from hf_camphive.training.data.calibration import Calibration
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "cost.json"
 FEWER = {"cifar_resnet56": 2.1, "mobilenetv2_100": 1.2, "resnet18_10_classes": 1.5}

@@ -35,13 +35,13 @@ from peers import (
 from torch import Tensor, distributed
 
 from hf_camphive import CampHiVeConfig
-from hf_camphive.calibration import Calibration
 from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.criteria import CRITERIA, Evidence
 from hf_camphive.curvature import Curvature
 from hf_camphive.plots import BLUE, DPI, GREY, INK, ORANGE
 from hf_camphive.report import environment
 from hf_camphive.spectrum import lanczos, power_iteration
+from hf_camphive.training.data.calibration import Calibration
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 BATCHES = {"cifar_resnet56": 128, "resnet18": 16, "mobilenetv2_100": 16}  # images

@@ -24,7 +24,7 @@ _HOMES = {
     "fold": "hf_camphive.network.surgery.folding",
     "from_pretrained": "hf_camphive.hub",
     "load_base": "hf_camphive.models",
-    "load_loaders": "hf_camphive.data",
+    "load_loaders": "hf_camphive.training.data.loaders",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

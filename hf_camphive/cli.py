@@ -171,9 +171,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
     from hf_camphive.core.runtime import make_accelerator
-    from hf_camphive.evaluation import evaluate_accuracy
     from hf_camphive.network.footprint import footprint, measure_latency
     from hf_camphive.report import Stage, environment, stages_table
+    from hf_camphive.training.evaluation import evaluate_accuracy
 
     config = CampHiVeConfig()
     base = _load(model)
@@ -343,7 +343,7 @@ def _load(model: ModelArguments) -> Any:
 
 
 def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) -> Any:
-    from hf_camphive.data import load_loaders
+    from hf_camphive.training.data.loaders import load_loaders
 
     return load_loaders(
         data.dataset or _usual_dataset(model.model),

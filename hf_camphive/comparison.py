@@ -24,14 +24,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_camphive.calibration import Calibration
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.criteria import CRITERIA, Scores
-from hf_camphive.data import Loaders
-from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import BaseModel
 from hf_camphive.network.footprint import count_macs, count_parameters
@@ -41,7 +38,10 @@ from hf_camphive.plots import DPI, draw_comparison
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import Accuracy, environment, format_share, published
 from hf_camphive.results import Cell, Results, Row, differences
-from hf_camphive.training import finetune
+from hf_camphive.training.data.calibration import Calibration
+from hf_camphive.training.data.loaders import Loaders
+from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
+from hf_camphive.training.finetuning import finetune
 
 logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"

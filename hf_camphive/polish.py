@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_camphive.calibration import Calibration
-from hf_camphive.evaluation import batchnorms
 from hf_camphive.network.modes import keeping_modes
-from hf_camphive.optimization import warmup_cosine
-from hf_camphive.precision import Precision, at_least_fp32, autocast, channels_last
+from hf_camphive.training.data.calibration import Calibration
+from hf_camphive.training.evaluation import batchnorms
+from hf_camphive.training.optimization import warmup_cosine
+from hf_camphive.training.precision import Precision, at_least_fp32, autocast, channels_last
 
 LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
 BETAS = (0.9, 0.99)

@@ -21,8 +21,6 @@ from hf_camphive import hub
 from hf_camphive.budgets import overall_budgets
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.data import Loaders
-from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.models import replace_head
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
@@ -30,7 +28,9 @@ from hf_camphive.plots import draw_plots
 from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage, environment, published
 from hf_camphive.resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from hf_camphive.steps import Batches, PruningSteps
-from hf_camphive.training import finetune, train_head
+from hf_camphive.training.data.loaders import Loaders
+from hf_camphive.training.evaluation import evaluate_accuracy
+from hf_camphive.training.finetuning import finetune, train_head
 
 logger = logging.getLogger(__name__)
 

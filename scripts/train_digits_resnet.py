@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 import hf_camphive.network.modeling.cifar  # noqa: F401  (registers the network in timm)
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.data import Loaders, load_loaders
-from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.report import Accuracy
-from hf_camphive.training import finetune
+from hf_camphive.training.data.loaders import Loaders, load_loaders
+from hf_camphive.training.evaluation import evaluate_accuracy
+from hf_camphive.training.finetuning import finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "hf_camphive" / "assets" / "digits_resnet"

@@ -15,8 +15,6 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.criteria import CRITERIA, Evidence
-from hf_camphive.data import load_loaders
-from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.network.footprint import count_macs
@@ -24,6 +22,8 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.results import Cell, Results, Row
+from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.evaluation import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(num_train_epochs=0, polish_steps=0, mixed_precision="no", curvature_images=16, power_steps=3)
 BASE = load_base("digits_resnet")
@@ -191,7 +191,7 @@ def test_calibration_images_follow_the_seed_and_are_never_tested_on(tmp_path):
 
 
 def datasets_of_digits():
-    from hf_camphive.sources import digits as bundled
+    from hf_camphive.training.data.datasets import digits as bundled
 
     return bundled()
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from hf_camphive import steps
-from hf_camphive.calibration import Calibration
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.plan import ChannelGroup
-from hf_camphive.data import load_loaders
 from hf_camphive.depth import best_early_weight, weighed
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.training.data.calibration import Calibration
+from hf_camphive.training.data.loaders import load_loaders
 
 CONFIG = CampHiVeConfig(calibration_size=128, num_train_epochs=0, polish_steps=0, mixed_precision="no")
 

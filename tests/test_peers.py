@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_camphive.calibration import Calibration
 from hf_camphive.comparison import Problem
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
@@ -16,6 +15,7 @@ from hf_camphive.core.plan import ChannelCut
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.training.data.calibration import Calibration
 
 pytest.importorskip("torch_pruning", reason='needs pip install "hf_camphive[benchmarks]"')
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

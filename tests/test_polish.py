@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from support.toys import ToyResNet, images, randomise
 from torch import nn
 
-from hf_camphive.calibration import Calibration
-from hf_camphive.evaluation import batchnorms
 from hf_camphive.polish import LINE, TEMPERATURE, Polished, _draw, _moved, polish
+from hf_camphive.training.data.calibration import Calibration
+from hf_camphive.training.evaluation import batchnorms
 
 BATCH = 6
 

@@ -25,14 +25,14 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.criteria import CRITERIA
-from hf_camphive.data import load_loaders
-from hf_camphive.evaluation import evaluate_accuracy
 from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.report import REPORT_FILE, PruneReport
 from hf_camphive.resume import IterationMemory
+from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.evaluation import evaluate_accuracy
 
 
 @pytest.fixture(autouse=True)

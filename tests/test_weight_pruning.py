@@ -18,7 +18,7 @@ from hf_camphive.models import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.second_order import dominant_eigenvector
-from hf_camphive.training import finetune
+from hf_camphive.training.finetuning import finetune
 from hf_camphive.weight_pruning import merge_weights, zero_share, zero_weights
 
 

@@ -17,7 +17,6 @@ import hf_camphive
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
-from hf_camphive.data import load_loaders
 from hf_camphive.merging import merge
 from hf_camphive.models import load_base
 from hf_camphive.network.footprint import count_macs
@@ -30,6 +29,7 @@ from hf_camphive.network.surgery.implants import implantable_groups, macs_after,
 from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.reconstruction import reconstruct
+from hf_camphive.training.data.loaders import load_loaders
 
 CUTS = (
     ChannelCut("stem", (1, 2, 5), (), (0,)),

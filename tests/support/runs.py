@@ -1,9 +1,11 @@
 """Short whole runs on the bundled digits, and ways to kill them."""
 
-from hf_camphive import checkpoints, pruner, steps, training
+from hf_camphive import pruner, steps
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.data import load_loaders
 from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.training import checkpoints
+from hf_camphive.training import finetuning as training
+from hf_camphive.training.data.loaders import load_loaders
 
 CONFIG = CampHiVeConfig(
     calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0

@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from hf_camphive.checkpoints import CheckpointStore
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.training import finetune
+from hf_camphive.training.checkpoints import CheckpointStore
+from hf_camphive.training.finetuning import finetune
 
 CLASSES, SIZE = 7, 6
 CONFIG = CampHiVeConfig(mixed_precision="no", learning_rate=0.05, num_train_epochs=2.0, distillation=0.0)

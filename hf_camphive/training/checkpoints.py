@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from hf_camphive.core.errors import ConfigError, TrainingError
-from hf_camphive.precision import Precision
 from hf_camphive.report import format_share
+from hf_camphive.training.precision import Precision
 
 PROGRESS_FILE = "progress.json"
 DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)

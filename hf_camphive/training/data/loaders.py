@@ -21,8 +21,15 @@ from torchvision import transforms
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError
-from hf_camphive.sources import ALIASES, class_names, find_columns, open_dataset, read_labels, revision_read
-from hf_camphive.splits import USUAL_SPLITS, divide, divide_streams
+from hf_camphive.training.data.datasets import (
+    ALIASES,
+    class_names,
+    find_columns,
+    open_dataset,
+    read_labels,
+    revision_read,
+)
+from hf_camphive.training.data.splits import USUAL_SPLITS, divide, divide_streams
 
 logger = logging.getLogger(__name__)
 

@@ -31,13 +31,13 @@ from support.training import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_camphive import precision as precisions
 from hf_camphive.core.errors import ConfigError, DataError, TrainingError
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from hf_camphive.optimization import classification_loss, warmup_cosine
-from hf_camphive.precision import choose_precision
-from hf_camphive.training import finetune, train_head
+from hf_camphive.training import precision as precisions
+from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
+from hf_camphive.training.finetuning import finetune, train_head
+from hf_camphive.training.optimization import classification_loss, warmup_cosine
+from hf_camphive.training.precision import choose_precision
 
 # ---- loss and schedule
 

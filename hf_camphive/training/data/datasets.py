@@ -12,7 +12,7 @@ import PIL.Image
 from torch import nn
 
 from hf_camphive.core.errors import DataError
-from hf_camphive.splits import stratified
+from hf_camphive.training.data.splits import stratified
 
 ALIASES = {
     "cifar10": "uoft-cs/cifar10",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_camphive.core.errors import DataError
-from hf_camphive.splits import HeldOut, divide, stratified
+from hf_camphive.training.data.splits import HeldOut, divide, stratified
 
 
 def labels_of(*counts, seed=0):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.precision import at_least_fp32
+from hf_camphive.training.precision import at_least_fp32
 
 
 def classification_loss(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_camphive.core.errors import DataError, TrainingError
-from hf_camphive.evaluation import evaluate_accuracy, recalibrate_batchnorm
+from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
 
 
 @pytest.mark.parametrize("rows", [1, 8, 21])
@@ -38,12 +38,12 @@ def test_an_empty_split_is_refused(accelerator):
 
 @pytest.mark.realdata
 def test_a_published_network_has_its_published_accuracy(accelerator):
-    folder = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(__file__).parents[3] / "shared" / "data"
     weights = folder / "weights" / "cifar10_resnet20.safetensors"
     if not weights.exists():
         pytest.skip(f"CIFAR-10 and its weights are not in {folder}")
-    from hf_camphive.data import load_loaders
     from hf_camphive.models import load_base
+    from hf_camphive.training.data.loaders import load_loaders
 
     net = load_base("cifar_resnet20", str(weights)).net
     test = load_loaders(str(folder / "cifar10"), net, CONFIG).test

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Image, Value
 
 import hf_camphive.network.modeling.cifar  # noqa: F401
 from hf_camphive.core.errors import DataError
-from hf_camphive.sources import _with_features, class_names, digits, find_columns
+from hf_camphive.training.data.datasets import _with_features, class_names, digits, find_columns
 
 NAMES = ["ant", "bee", "cat"]
 FEATURES = {"img": Image(), "fine_label": ClassLabel(names=NAMES), "coarse_label": ClassLabel(names=["x"])}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_camphive.metrics import TopK
+from hf_camphive.training.metrics import TopK
 
 
 def test_counts_made_by_hand():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.toys import images
 
-from hf_camphive.calibration import Calibration
 from hf_camphive.core.errors import DataError
+from hf_camphive.training.data.calibration import Calibration
 
 
 def loader(count: int, size: int = 8) -> list[dict[str, torch.Tensor]]:

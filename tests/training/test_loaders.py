@@ -15,11 +15,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 import hf_camphive.network.modeling.cifar  # noqa: F401
-from hf_camphive import data
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError
+from hf_camphive.training.data import loaders as data
 
-DATA = Path(__file__).resolve().parents[1] / "../shared/data"
+DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 NAMES = ["ant", "bee", "cat"]
 
 
