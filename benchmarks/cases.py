@@ -12,8 +12,8 @@ from networks import NETWORKS, loaders_of
 from torch import Tensor, nn
 
 from hf_camphive import load_base
-from hf_camphive.curvature import Curvature, gate_curvature, network_curvature
-from hf_camphive.gates import gate_space
+from hf_camphive.curvature.gates import gate_space
+from hf_camphive.curvature.operators import Curvature, gate_curvature, network_curvature
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_camphive.curvature import (
+from hf_camphive.curvature.eigensolvers import lanczos, power_iteration
+from hf_camphive.curvature.gates import gate_gradients
+from hf_camphive.curvature.operators import (
     Curvature,
     curvature_cotangent,
     factored_curvature,
@@ -20,11 +22,9 @@ from hf_camphive.curvature import (
     gauss_newton_factor,
 )
 from hf_camphive.evidence import Evidence, Scores
-from hf_camphive.gates import gate_gradients
 from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
 from hf_camphive.network.graph.program import operation
 from hf_camphive.second_order import channel_costs, hap, hive_paper, sosp_h, sosp_i
-from hf_camphive.spectrum import lanczos, power_iteration
 
 logger = logging.getLogger(__name__)
 SCORE_TEMPERATURE = 4.0

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.curvature import Batch, curvature_cotangent, label_cotangent
-from hf_camphive.gates import GateSpace, gate_gradients, gate_space
+from hf_camphive.curvature.eigensolvers import State
+from hf_camphive.curvature.gates import GateSpace, gate_gradients, gate_space
+from hf_camphive.curvature.operators import Batch, curvature_cotangent, label_cotangent
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.spectrum import State
 
 Scores = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]

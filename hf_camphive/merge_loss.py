@@ -12,7 +12,7 @@ from math import inf, nextafter
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.gates import GateSpace
+from hf_camphive.curvature.gates import GateSpace
 from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
 

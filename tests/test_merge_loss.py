@@ -7,8 +7,8 @@ from support.toys import Chain, images, randomise
 
 from hf_camphive import criteria
 from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE
-from hf_camphive.curvature import curvature_cotangent
-from hf_camphive.gates import gate_space
+from hf_camphive.curvature.gates import gate_space
+from hf_camphive.curvature.operators import curvature_cotangent
 from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network

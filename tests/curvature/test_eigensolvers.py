@@ -11,7 +11,7 @@ from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.core.errors import CampHiVeError, CurvatureError
-from hf_camphive.spectrum import (
+from hf_camphive.curvature.eigensolvers import (
     LARGEST_DENSE,
     Outcome,
     dense_matrix,

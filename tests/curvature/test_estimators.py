@@ -8,7 +8,7 @@ from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.traces import Traces, hutch_plus_plus, hutchinson
+from hf_camphive.curvature.estimators import Traces, hutch_plus_plus, hutchinson
 
 SEGMENTS = torch.tensor([0, 0, 0, 1, 1, -1, 2, 2, 2, 2, -1, 1]).repeat_interleave(2)
 DECAYING = with_spectrum([(-1) ** (i % 3) * 0.85**i for i in range(24)])

@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.curvature import (
+from hf_camphive.curvature.eigensolvers import lanczos
+from hf_camphive.curvature.estimators import hutchinson
+from hf_camphive.curvature.gates import gate_gradients, gate_space, gated_run, lift, restrict
+from hf_camphive.curvature.operators import (
     curvature_cotangent,
     factored_curvature,
     gate_curvature,
@@ -27,11 +30,8 @@ from hf_camphive.curvature import (
     network_curvature,
     softmax_factors,
 )
-from hf_camphive.gates import gate_gradients, gate_space, gated_run, lift, restrict
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.spectrum import lanczos
-from hf_camphive.traces import hutchinson
 
 NETS = {
     "residual": lambda: ToyResNet(nn.Tanh),
@@ -152,7 +152,7 @@ def test_held_products_are_the_same_and_run_the_network_once(matrix, monkeypatch
     v = block(gates.size)
     expected = gate_curvature(trace, state, gates, batches, matrix)(v)
     runs = []
-    monkeypatch.setattr("hf_camphive.curvature.gated_run", lambda *a: runs.append(a) or gated_run(*a))
+    monkeypatch.setattr("hf_camphive.curvature.operators.gated_run", lambda *a: runs.append(a) or gated_run(*a))
     held = gate_curvature(trace, state, gates, batches, matrix, held=True, parts=2)
     for _ in range(3):
         torch.testing.assert_close(held(v), expected, rtol=1e-11, atol=1e-13)
@@ -284,7 +284,7 @@ def test_an_operation_without_forward_derivative_is_differentiated_in_reverse_an
     expected, space = network_curvature(net, [(x, labels)], matrix)
     found, _ = network_curvature(other, [(x, labels)], matrix)
     v = block(space.size)
-    with caplog.at_level(logging.INFO, "hf_camphive.curvature"):
+    with caplog.at_level(logging.INFO, "hf_camphive.curvature.operators"):
         torch.testing.assert_close(found(v), expected(v), rtol=1e-10, atol=1e-12)
         found(v)
     assert len([record for record in caplog.records if "in reverse" in record.message]) == 1
@@ -302,7 +302,10 @@ def test_a_lack_of_memory_is_not_taken_for_a_missing_derivative(caplog):
 
     net, x, labels = small(act)
     found, space = network_curvature(net, [(x, labels)])
-    with caplog.at_level(logging.INFO, "hf_camphive.curvature"), pytest.raises(RuntimeError, match="allocate memory"):
+    with (
+        caplog.at_level(logging.INFO, "hf_camphive.curvature.operators"),
+        pytest.raises(RuntimeError, match="allocate memory"),
+    ):
         found(block(space.size))
     assert "in reverse" not in caplog.text
 
@@ -432,7 +435,7 @@ def test_batches_of_a_loader_may_be_dictionaries():
 def test_the_top_eigenvalue_of_real_weights_is_that_of_pyhessian():
     """ResNet-56 and CIFAR-10: the same 32 images, theirs by power iteration, ours by Lanczos."""
     pyhessian = pytest.importorskip("pyhessian", reason='needs pip install "hf_camphive[benchmarks]"')
-    folder = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(__file__).parents[3] / "shared" / "data"
     weights = folder / "weights" / "cifar10_resnet56.safetensors"
     if not weights.exists():
         pytest.skip("the CIFAR-10 ResNet-56 and its images are not beside the project")

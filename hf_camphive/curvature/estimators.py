@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.spectrum import Product, checked, progress_bar, random_block, remainder
+from hf_camphive.curvature.eigensolvers import Product, checked, progress_bar, random_block, remainder
 
 
 @dataclass(frozen=True)
