@@ -25,8 +25,8 @@ from hf_camphive import CampHiVeConfig, load_loaders
 from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.errors import CampHiVeError
-from hf_camphive.criteria import CRITERIA
-from hf_camphive.merging import MERGE_RULES
+from hf_camphive.pruning.merging.rules import MERGE_RULES
+from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.results import Cell, Results, Summary, by_ratio
 
 DOCS = Path(__file__).parent.parent / "docs"

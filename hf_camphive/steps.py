@@ -16,29 +16,29 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from hf_camphive.budgets import dense_sizes, is_finished, next_targets
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.criteria import CRITERIA
-from hf_camphive.depth import best_early_weight, weighed
-from hf_camphive.evidence import Evidence, Memory, Scores
-from hf_camphive.latency import latency_parts
-from hf_camphive.merging import MERGE_RULES, merge, with_pairs
 from hf_camphive.models import BaseModel, as_base
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.surgery.cutting import State, apply_plan, check_groups
 from hf_camphive.network.surgery.implants import with_implants
-from hf_camphive.planning import Budgeted, Part, make_plan
-from hf_camphive.polish import Polished, polish
-from hf_camphive.timing import LatencyTable
+from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
+from hf_camphive.pruning.merging.weights import zero_share, zero_weights
+from hf_camphive.pruning.planning.budgets import dense_sizes, is_finished, next_targets
+from hf_camphive.pruning.planning.greedy import Budgeted, Part, make_plan
+from hf_camphive.pruning.planning.latency.prediction import latency_parts
+from hf_camphive.pruning.planning.latency.timing import LatencyTable
+from hf_camphive.pruning.polish import Polished, polish
+from hf_camphive.pruning.scoring.context import Evidence, Memory, Scores
+from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.depth_weighting import best_early_weight, weighed
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import recalibrate_batchnorm
 from hf_camphive.training.precision import polish_precision
-from hf_camphive.weight_pruning import zero_share, zero_weights
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 8  # one calibration image in so many judges trials and the polishing

@@ -14,13 +14,13 @@ from hf_camphive.comparison import Comparison, grid
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.core.plan import ChannelCut, PrunePlan
-from hf_camphive.criteria import CRITERIA, Evidence
-from hf_camphive.merging import MERGE_RULES
 from hf_camphive.models import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.pruning.merging.rules import MERGE_RULES
+from hf_camphive.pruning.scoring.criteria import CRITERIA, Evidence
 from hf_camphive.results import Cell, Results, Row
 from hf_camphive.training.data.loaders import load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy

@@ -19,7 +19,7 @@ from hf_camphive.network.graph.program import export_graph, named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan, check_groups
 from hf_camphive.network.surgery.folding import fold, foldable
-from hf_camphive.reconstruction import reconstruct
+from hf_camphive.pruning.merging.reconstruction import reconstruct
 
 
 class Scaled(nn.BatchNorm2d):

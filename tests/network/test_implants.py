@@ -17,7 +17,6 @@ import hf_camphive
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
-from hf_camphive.merging import merge
 from hf_camphive.models import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
@@ -26,9 +25,10 @@ from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.modeling.modeling_camphive import ImplantedConv2d
 from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
 from hf_camphive.network.surgery.implants import implantable_groups, macs_after, with_implants
-from hf_camphive.planning import Budgeted, make_plan
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.reconstruction import reconstruct
+from hf_camphive.pruning.merging.reconstruction import reconstruct
+from hf_camphive.pruning.merging.rules import merge
+from hf_camphive.pruning.planning.greedy import Budgeted, make_plan
 from hf_camphive.training.data.loaders import load_loaders
 
 CUTS = (

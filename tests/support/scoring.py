@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.evidence import Evidence
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
+from hf_camphive.pruning.scoring.context import Evidence
 from support.toys import Block, ToyResNet, images, randomise, seeded
 
 

@@ -15,19 +15,19 @@ from support.toys import Block, Chain, ToyResNet, images, randomise, relative_er
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_camphive import timing
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelCut, PrunePlan
-from hf_camphive.latency import Axis, Grid, fit, latency_parts
-from hf_camphive.limits import floors
 from hf_camphive.network.graph.blocks import droppable_branches
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.modeling.modeling_camphive import Shortcut
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.folding import Floor, fold, fold_batchnorm
-from hf_camphive.operations import network_operations
-from hf_camphive.timing import LatencyTable, typical_times
+from hf_camphive.pruning.planning.latency import timing
+from hf_camphive.pruning.planning.latency.operations import network_operations
+from hf_camphive.pruning.planning.latency.prediction import Axis, Grid, fit, latency_parts
+from hf_camphive.pruning.planning.latency.timing import LatencyTable, typical_times
+from hf_camphive.pruning.planning.limits import floors
 
 SCALE, OVERHEAD = 3.0, 0.05  # what running in a row takes, in this timer's world
 

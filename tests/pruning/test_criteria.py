@@ -9,17 +9,17 @@ from support.scoring import WEIGHT_SPACE, SmallResNet, evidence, subject_for
 from support.toys import ToyResNet
 from torch import Tensor, nn
 
-from hf_camphive import second_order
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.criteria import CRITERIA
 from hf_camphive.curvature.eigensolvers import Eigenpairs, eigenpairs_of
 from hf_camphive.curvature.estimators import Estimate, Traces
 from hf_camphive.curvature.gates import gate_gradients, gate_space, lift
 from hf_camphive.curvature.operators import label_cotangent
-from hf_camphive.evidence import Evidence
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.second_order import greedy_marginals
+from hf_camphive.pruning.scoring import weight_space as second_order
+from hf_camphive.pruning.scoring.context import Evidence
+from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.weight_space import greedy_marginals
 
 
 def exact_diagonal(product, size: int, *_, **settings) -> Traces:

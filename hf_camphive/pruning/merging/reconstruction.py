@@ -23,7 +23,7 @@ from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.network.surgery.implants import implanted_slots, with_centres
-from hf_camphive.ridge import Reduce, Sums
+from hf_camphive.pruning.merging.ridge import Reduce, Sums
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 LEAST_ROWS = 100_000

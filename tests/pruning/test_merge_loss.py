@@ -5,14 +5,20 @@ import torch
 from support.scoring import evidence
 from support.toys import Chain, images, randomise
 
-from hf_camphive import criteria
-from hf_camphive.criteria import CRITERIA, SCORE_TEMPERATURE
 from hf_camphive.curvature.gates import gate_space
 from hf_camphive.curvature.operators import curvature_cotangent
-from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.second_order import channel_costs
+from hf_camphive.pruning.scoring import criteria
+from hf_camphive.pruning.scoring.criteria import CRITERIA, SCORE_TEMPERATURE
+from hf_camphive.pruning.scoring.merge_loss import (
+    consumer_products,
+    joint_losses,
+    merge_losses,
+    merge_moves,
+    mergeable,
+)
+from hf_camphive.pruning.scoring.weight_space import channel_costs
 
 GROUP, READER = "block1.conv1", "block1.conv2.weight"
 

@@ -17,9 +17,9 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.models import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.pruner import CampHiVePruner
-from hf_camphive.second_order import dominant_eigenvector
+from hf_camphive.pruning.merging.weights import merge_weights, zero_share, zero_weights
+from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
 from hf_camphive.training.finetuning import finetune
-from hf_camphive.weight_pruning import merge_weights, zero_share, zero_weights
 
 
 def reference(weight: np.ndarray, scores: np.ndarray, sparsity: float, coefficient: float) -> np.ndarray:

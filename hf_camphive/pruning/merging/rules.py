@@ -16,8 +16,8 @@ from hf_camphive.core.plan import PrunePlan, Slot
 from hf_camphive.network.graph.program import operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
-from hf_camphive.planning import cyclic_pairs
-from hf_camphive.reconstruction import Reduce, constant_carrier, reconstruct
+from hf_camphive.pruning.merging.reconstruction import Reduce, constant_carrier, reconstruct
+from hf_camphive.pruning.planning.greedy import cyclic_pairs
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_camphive.core.errors import ReconstructionError
-from hf_camphive.ridge import Sums
+from hf_camphive.pruning.merging.ridge import Sums
 
 
 @pytest.mark.parametrize("groups", [1, 3])

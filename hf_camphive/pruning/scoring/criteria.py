@@ -21,10 +21,16 @@ from hf_camphive.curvature.operators import (
     gate_curvature,
     gauss_newton_factor,
 )
-from hf_camphive.evidence import Evidence, Scores
-from hf_camphive.merge_loss import consumer_products, joint_losses, merge_losses, merge_moves, mergeable
 from hf_camphive.network.graph.program import operation
-from hf_camphive.second_order import channel_costs, hap, hive_paper, sosp_h, sosp_i
+from hf_camphive.pruning.scoring.context import Evidence, Scores
+from hf_camphive.pruning.scoring.merge_loss import (
+    consumer_products,
+    joint_losses,
+    merge_losses,
+    merge_moves,
+    mergeable,
+)
+from hf_camphive.pruning.scoring.weight_space import channel_costs, hap, hive_paper, sosp_h, sosp_i
 
 logger = logging.getLogger(__name__)
 SCORE_TEMPERATURE = 4.0

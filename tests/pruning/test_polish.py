@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.toys import ToyResNet, images, randomise
 from torch import nn
 
-from hf_camphive.polish import LINE, TEMPERATURE, Polished, _draw, _moved, polish
+from hf_camphive.pruning.polish import LINE, TEMPERATURE, Polished, _draw, _moved, polish
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
 
@@ -182,7 +182,7 @@ def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
     dense, start = dense_and_damaged()
     ends = {}
     for share in (1.0, *shares):
-        monkeypatch.setattr("hf_camphive.polish.LINE", (share,))
+        monkeypatch.setattr("hf_camphive.pruning.polish.LINE", (share,))
         ends[share] = copy.deepcopy(start)
         assert polish(ends[share], dense, calibration(), held_out(), 30) == Polished(weights=share)
     (share,) = shares
@@ -195,10 +195,10 @@ def test_the_share_is_that_with_the_least_divergence_of_the_images_held_out(monk
     found = {}
     for share in LINE:
         net = copy.deepcopy(start)
-        monkeypatch.setattr("hf_camphive.polish.LINE", (share,))
+        monkeypatch.setattr("hf_camphive.pruning.polish.LINE", (share,))
         polish(net, dense, calibration(), held_out(), 30)
         found[share] = divergence(net, dense, held_out())
-    monkeypatch.setattr("hf_camphive.polish.LINE", LINE)
+    monkeypatch.setattr("hf_camphive.pruning.polish.LINE", LINE)
     net = copy.deepcopy(start)
     best = polish(net, dense, calibration(), held_out(), 30).weights
     assert found[best] == min(found.values()) == pytest.approx(divergence(net, dense, held_out()), rel=1e-9)
@@ -217,7 +217,7 @@ def with_statistics(net: nn.Module, off: float) -> nn.Module:
 @pytest.mark.parametrize(("off", "recalibrated", "share"), [(1.0, 0.0, 1.0), (1.0, -1.0, 0.5), (0.0, 1.0, 0.0)])
 def test_statistics_go_as_far_as_helps(off, recalibrated, share, monkeypatch):
     """The right ones lie at the end of the line, half-way, or at its start."""
-    monkeypatch.setattr("hf_camphive.polish.LEARNING_RATES", ())
+    monkeypatch.setattr("hf_camphive.pruning.polish.LEARNING_RATES", ())
     dense = randomise(ToyResNet())
     net = with_statistics(dense, 0.5 * off)
     found = polish(net, dense, calibration(), held_out(), 1, recalibrated=with_statistics(dense, 0.5 * recalibrated))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.evidence import Evidence
-from hf_camphive.second_order import dominant_eigenvector
+from hf_camphive.pruning.scoring.context import Evidence
+from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
 
 COEFFICIENTS = {"cyclic": 0.5, "none": 0.0}  # of a zeroed weight in the one that takes it up, by merge rule
 

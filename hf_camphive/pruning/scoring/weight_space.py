@@ -15,9 +15,9 @@ from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature.eigensolvers import Product, power_iteration
 from hf_camphive.curvature.estimators import hutchinson
 from hf_camphive.curvature.operators import gate_curvature, weight_curvature
-from hf_camphive.evidence import Evidence, Scores
 from hf_camphive.network.graph.blocks import exterior_groups
 from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.pruning.scoring.context import Evidence, Scores
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import Branch, Budget, ChannelCut, ChannelGroup, PrunePlan, format_cost
-from hf_camphive.limits import floors
+from hf_camphive.pruning.planning.limits import floors
 
 Costs = Mapping[str, float]
 

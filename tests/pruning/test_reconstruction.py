@@ -9,13 +9,13 @@ from support.plans import plan_with, random_plan
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
-import hf_camphive.reconstruction as reconstruction
+import hf_camphive.pruning.merging.reconstruction as reconstruction
 from hf_camphive.core.errors import ReconstructionError
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
-from hf_camphive.reconstruction import reconstruct
-from hf_camphive.ridge import Sums
+from hf_camphive.pruning.merging.reconstruction import reconstruct
+from hf_camphive.pruning.merging.ridge import Sums
 
 
 def prepared(net: nn.Module, size: int = 8):

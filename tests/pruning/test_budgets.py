@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from support.chains import chain, config
 
-from hf_camphive.budgets import absolute, dense_sizes, is_finished, next_targets, overall_budgets
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan, Slot
+from hf_camphive.pruning.planning.budgets import absolute, dense_sizes, is_finished, next_targets, overall_budgets
 
 
 def plan(*budgets: Budget, groups: tuple[ChannelGroup, ...] = ()) -> PrunePlan:

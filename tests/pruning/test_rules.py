@@ -9,11 +9,21 @@ from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.merging import MERGE_RULES, Removal, cyclic, cyclic_ls, lstsq, merge, nearest, none, with_pairs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
-from hf_camphive.planning import cyclic_pairs
+from hf_camphive.pruning.merging.rules import (
+    MERGE_RULES,
+    Removal,
+    cyclic,
+    cyclic_ls,
+    lstsq,
+    merge,
+    nearest,
+    none,
+    with_pairs,
+)
+from hf_camphive.pruning.planning.greedy import cyclic_pairs
 
 # Four channels seen four times: 2 = 3 * channel 0, and 3 = channel 1 + 1.
 ACTIVATIONS = torch.tensor([[1.0, 0, 3, 1], [2, 1, 6, 2], [0, 2, 0, 3], [1, 5, 3, 6]], dtype=torch.float64)
