@@ -17,8 +17,8 @@ from networks import NETWORKS, base_of, loaders_of
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
 from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.hub.report import environment
 from hf_camphive.network.footprint import count_macs
-from hf_camphive.report import environment
 from hf_camphive.training.data.calibration import Calibration
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "cost.json"

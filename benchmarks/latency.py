@@ -36,6 +36,7 @@ from hf_camphive import CampHiVeConfig, CampHiVePruner
 from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.plan import Budget
 from hf_camphive.core.runtime import make_accelerator
+from hf_camphive.hub.report import environment
 from hf_camphive.network.footprint import count_macs, count_parameters, measure_latency
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.tracing import trace_network
@@ -44,7 +45,6 @@ from hf_camphive.pruning.planning.latency.prediction import latency_parts
 from hf_camphive.pruning.planning.latency.timing import LatencyTable
 from hf_camphive.pruning.planning.limits import floors
 from hf_camphive.pruning.scoring.criteria import Scores
-from hf_camphive.report import environment
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
 

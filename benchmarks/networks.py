@@ -8,7 +8,7 @@ from tempfile import mkdtemp
 from datasets import ClassLabel, load_dataset
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
-from hf_camphive.models import BaseModel
+from hf_camphive.hub.loading import BaseModel
 from hf_camphive.training.data.loaders import Loaders
 
 

@@ -22,8 +22,8 @@ _HOMES = {
     "PrunePlan": "hf_camphive.core.plan",
     "expand": "hf_camphive.network.surgery.widening",
     "fold": "hf_camphive.network.surgery.folding",
-    "from_pretrained": "hf_camphive.hub",
-    "load_base": "hf_camphive.models",
+    "from_pretrained": "hf_camphive.hub.saving",
+    "load_base": "hf_camphive.hub.loading",
     "load_loaders": "hf_camphive.training.data.loaders",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

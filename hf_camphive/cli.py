@@ -91,7 +91,7 @@ def prune(arguments: Sequence[str]) -> None:
     if run.dry_run and not config.cuts_channels:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
-    from hf_camphive.hub import check_output_folder, push_folder
+    from hf_camphive.hub.saving import check_output_folder, push_folder
     from hf_camphive.pruner import CampHiVePruner
 
     output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
@@ -128,11 +128,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from hf_camphive.hub.report import format_count
     from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
     from hf_camphive.network.graph.program import named_tensors
     from hf_camphive.network.graph.tracing import trace_network
     from hf_camphive.network.surgery.cutting import check_groups
-    from hf_camphive.report import format_count
 
     base = _load(model)
     trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
@@ -171,8 +171,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
     from hf_camphive.core.runtime import make_accelerator
+    from hf_camphive.hub.report import Stage, environment, stages_table
     from hf_camphive.network.footprint import footprint, measure_latency
-    from hf_camphive.report import Stage, environment, stages_table
     from hf_camphive.training.evaluation import evaluate_accuracy
 
     config = CampHiVeConfig()
@@ -204,13 +204,13 @@ def expand(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from hf_camphive.hub import check_output_folder, save_expanded
+    from hf_camphive.hub.report import format_count, published
+    from hf_camphive.hub.saving import check_output_folder, save_expanded
     from hf_camphive.network.footprint import count_macs, count_parameters
     from hf_camphive.network.graph.tracing import trace_network
     from hf_camphive.network.surgery.cutting import check_groups
     from hf_camphive.network.surgery.widening import Expansion
     from hf_camphive.network.surgery.widening import expand as widen
-    from hf_camphive.report import format_count, published
 
     output = check_output_folder(options.output_dir or f"outputs/{_short(model.model)}-wide", options.overwrite)
     _log_to_terminal(main_process=True)
@@ -247,7 +247,7 @@ def expand(arguments: Sequence[str]) -> None:
 
 def _bottlenecks(folder: Path) -> list[str]:
     """The bottlenecks that the report in a pruned model's folder names."""
-    from hf_camphive.report import REPORT_FILE, PruneReport
+    from hf_camphive.hub.report import REPORT_FILE, PruneReport
 
     path = folder / REPORT_FILE
     try:
@@ -337,7 +337,7 @@ def _dry_run(pruner: Any, loaders: Any, output: Path) -> None:
 
 
 def _load(model: ModelArguments) -> Any:
-    from hf_camphive.models import load_base
+    from hf_camphive.hub.loading import load_base
 
     return load_base(model.model, model.checkpoint)
 
@@ -388,7 +388,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _without_folders(argument: str) -> str:
-    from hf_camphive.report import published
+    from hf_camphive.hub.report import published
 
     option, equals, value = argument.rpartition("=")
     return f"{option}{equals}{published(value)}"

@@ -17,15 +17,15 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_camphive import hub
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.models import replace_head
+from hf_camphive.hub import saving as hub
+from hf_camphive.hub.loading import replace_head
+from hf_camphive.hub.plots import draw_plots
+from hf_camphive.hub.report import Accuracy, GroupRow, PruneReport, Stage, environment, published
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
-from hf_camphive.plots import draw_plots
 from hf_camphive.pruning.planning.budgets import overall_budgets
-from hf_camphive.report import Accuracy, GroupRow, PruneReport, Stage, environment, published
 from hf_camphive.resume import IterationMemory, Progress, load_progress, save_progress, training_folder
 from hf_camphive.steps import Batches, PruningSteps
 from hf_camphive.training.data.loaders import Loaders

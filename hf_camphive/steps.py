@@ -20,7 +20,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.models import BaseModel, as_base
+from hf_camphive.hub.loading import BaseModel, as_base
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import hf_camphive.network.modeling.cifar  # noqa: F401  (registers the network in timm)
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.runtime import make_accelerator
+from hf_camphive.hub.report import Accuracy
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.report import Accuracy
 from hf_camphive.training.data.loaders import Loaders, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.finetuning import finetune
@@ -120,7 +120,7 @@ a network connection and in a minute. It is no good for anything else.
 | `model.safetensors` | {weights / 1e6:.2f} MB |
 
 ```python
-from hf_camphive.models import load_base
+from hf_camphive.hub.loading import load_base
 net = load_base("digits_resnet").net  # a timm network
 ```
 

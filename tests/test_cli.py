@@ -22,14 +22,15 @@ from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, hub, pruner, steps
+from hf_camphive import cli, pruner, steps
 from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
-from hf_camphive.models import load_base
+from hf_camphive.hub import saving as hub
+from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.report import REPORT_FILE, PruneReport, format_count, format_share
 from hf_camphive.network.footprint import count_macs
-from hf_camphive.report import REPORT_FILE, PruneReport, format_count, format_share
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()

@@ -14,7 +14,7 @@ from hf_camphive.comparison import Comparison, grid
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.core.plan import ChannelCut, PrunePlan
-from hf_camphive.models import load_base
+from hf_camphive.hub.loading import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network

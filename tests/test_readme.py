@@ -27,7 +27,7 @@ def test_the_python_example_runs_and_its_result_loads(tmp_path, monkeypatch, cap
 
 
 def test_the_demo_table_is_that_of_the_kept_report():
-    from hf_camphive.report import PruneReport
+    from hf_camphive.hub.report import PruneReport
 
     report = PruneReport.from_json((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
     assert report.table() in README

@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.hub.report import format_ms
 from hf_camphive.network.footprint import wait_for
-from hf_camphive.report import format_ms
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]

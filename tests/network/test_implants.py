@@ -17,7 +17,7 @@ import hf_camphive
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import ChannelCut, PrunePlan, plans_from_json, plans_to_json
-from hf_camphive.models import load_base
+from hf_camphive.hub.loading import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors

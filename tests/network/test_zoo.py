@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ViTConfig
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.models import load_base
+from hf_camphive.hub.loading import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state

@@ -42,7 +42,7 @@ def test_a_published_network_has_its_published_accuracy(accelerator):
     weights = folder / "weights" / "cifar10_resnet20.safetensors"
     if not weights.exists():
         pytest.skip(f"CIFAR-10 and its weights are not in {folder}")
-    from hf_camphive.models import load_base
+    from hf_camphive.hub.loading import load_base
     from hf_camphive.training.data.loaders import load_loaders
 
     net = load_base("cifar_resnet20", str(weights)).net

@@ -10,8 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_camphive.network.surgery.widening import Expansion
-from hf_camphive.report import (
+from hf_camphive.hub.report import (
     NOT_MEASURED,
     GroupRatio,
     PruneReport,
@@ -22,6 +21,7 @@ from hf_camphive.report import (
     format_ms,
     format_share,
 )
+from hf_camphive.network.surgery.widening import Expansion
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # stands for the repo until the folder is pushed

@@ -71,7 +71,7 @@ def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
     if checkpoint is not None:
         return _from_checkpoint(model_id, Path(checkpoint))
     if model_id == BUNDLED:
-        with resources.as_file(resources.files(__package__) / "assets" / BUNDLED) as folder:
+        with resources.as_file(resources.files("hf_camphive") / "assets" / BUNDLED) as folder:
             return _from_folder(folder, BUNDLED, None)
     if Path(model_id).is_dir():
         return _from_folder(Path(model_id), model_id, None)

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_camphive.card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
 from hf_camphive.core.config import CONFIG_FILE, CampHiVeConfig
 from hf_camphive.core.errors import ModelError, OutputError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_to_json
+from hf_camphive.hub.card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
 from hf_camphive.network.surgery.widening import EXPANSION_FILE, Expansion
-from hf_camphive.report import REPORT_FILE, PruneReport
 
 CARD_FILE = "README.md"
 PLOTS_FOLDER = "plots"

@@ -25,13 +25,13 @@ from support.tensors import aligned
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_camphive import hub
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ModelError, OutputError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan, plans_from_json
+from hf_camphive.hub import saving as hub
+from hf_camphive.hub.report import PruneReport, Stage
 from hf_camphive.network.footprint import footprint
 from hf_camphive.network.modeling.modeling_camphive import resize, widths_of
-from hf_camphive.report import PruneReport, Stage
 
 LABELS = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FILES = {
@@ -418,7 +418,7 @@ ALIGNED = "import torch\n" + inspect.getsource(aligned).replace("nn.Module", "to
 WITH_PACKAGE = f"""
 import json, sys, timm
 {ALIGNED}
-import hf_camphive.hub as hub
+import hf_camphive.hub.saving as hub
 from transformers import AutoModelForImageClassification, pipeline
 folder, pixels = sys.argv[1], torch.load(sys.argv[2])
 url = hub.push_folder(folder, "tester/small", commit_message="First")

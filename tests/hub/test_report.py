@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.network.footprint import Footprint, Latency
-from hf_camphive.report import (
+from hf_camphive.hub.report import (
     NOT_MEASURED,
     Accuracy,
     GroupRow,
@@ -18,6 +17,7 @@ from hf_camphive.report import (
     format_count,
     format_ms,
 )
+from hf_camphive.network.footprint import Footprint, Latency
 
 DENSE = Footprint(
     853_018, 125_485_706, 3_460_000, {1: Latency(4.21, 4.1, 4.9, 100), 32: Latency(71.2, 70.1, 75.0, 45)}

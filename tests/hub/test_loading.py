@@ -11,12 +11,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_camphive import models
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, plans_to_json
+from hf_camphive.hub import loading as models
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification, resize, widths_of
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "../shared/data/weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"
 
 
 @pytest.fixture(autouse=True)

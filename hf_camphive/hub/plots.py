@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hf_camphive.report import PruneReport, Stage, format_bytes, format_count, format_ms
+from hf_camphive.hub.report import PruneReport, Stage, format_bytes, format_count, format_ms
 from hf_camphive.results import Cell, Results, Summary
 
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"

@@ -11,10 +11,10 @@ import torch
 from support.hostile import Payload, edit, load_any_pickle, plant
 from transformers import AutoModelForImageClassification
 
-from hf_camphive import hub
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import PLAN_FILE, plans_to_json
-from hf_camphive.models import load_base
+from hf_camphive.hub import saving as hub
+from hf_camphive.hub.loading import load_base
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
 
 READERS = {
