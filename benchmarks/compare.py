@@ -22,12 +22,12 @@ from typing import Any
 from networks import NETWORKS, Network, base_of, folder_of
 
 from hf_camphive import CampHiVeConfig, load_loaders
-from hf_camphive.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.errors import CampHiVeError
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
-from hf_camphive.results import Cell, Results, Summary, by_ratio
+from hf_camphive.runs.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
+from hf_camphive.runs.results import Cell, Results, Summary, by_ratio
 
 DOCS = Path(__file__).parent.parent / "docs"
 DEFAULT = CampHiVeConfig()
@@ -59,7 +59,7 @@ def main() -> None:
     options = _parser().parse_args()
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_camphive.comparison").setLevel(logging.INFO)
+    logging.getLogger("hf_camphive.runs.comparison").setLevel(logging.INFO)
     results = options.output or DOCS / "results" / "compare"
     for name in options.network if options.data else ():
         cells = [cell for job in options.job for cell in JOBS[job](NETWORKS[name])]

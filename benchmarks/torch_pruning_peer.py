@@ -19,13 +19,13 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from hf_camphive.comparison import Method, Problem
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.surgery.cutting import mask_state
+from hf_camphive.runs.comparison import Method, Problem
 
 TOLERANCE, COARSEST = 0.01, 0.05
 Removed = dict[tuple[str, int], set[int]]  # (weight, axis) -> positions

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CampHiVeConfig": "hf_camphive.core.config",
-    "CampHiVePruner": "hf_camphive.pruner",
+    "CampHiVePruner": "hf_camphive.runs.pruner",
     "CampHiVeError": "hf_camphive.core.errors",
     "CampHiVeForImageClassification": "hf_camphive.network.modeling.modeling_camphive",
     "PrunePlan": "hf_camphive.core.plan",

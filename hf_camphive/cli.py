@@ -92,7 +92,7 @@ def prune(arguments: Sequence[str]) -> None:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
     from hf_camphive.hub.saving import check_output_folder, push_folder
-    from hf_camphive.pruner import CampHiVePruner
+    from hf_camphive.runs.pruner import CampHiVePruner
 
     output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
     output = check_output_folder(output, run.overwrite and not run.dry_run)  # a plan would not fit a model found there
@@ -270,7 +270,7 @@ def compare(arguments: Sequence[str]) -> None:
     if data.streaming and chosen.num_train_epochs and not data.max_train_samples:
         raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
 
-    from hf_camphive.comparison import Comparison, grid
+    from hf_camphive.runs.comparison import Comparison, grid
 
     cells = grid(
         methods=listed(asked.methods),
@@ -302,7 +302,7 @@ def _resumable(folder: Path) -> Iterator[None]:
     Raises:
         CampHiVeError: The error that ended the run.
     """
-    from hf_camphive.resume import has_state
+    from hf_camphive.runs.progress import has_state
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

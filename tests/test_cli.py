@@ -22,7 +22,7 @@ from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli, pruner, steps
+from hf_camphive import cli
 from hf_camphive.arguments import RecipeArguments, parse
 from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
@@ -31,6 +31,8 @@ from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport, format_count, format_share
 from hf_camphive.network.footprint import count_macs
+from hf_camphive.runs import cycle as steps
+from hf_camphive.runs import pruner
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
@@ -417,7 +419,8 @@ def test_a_pushed_run_is_told_where(capsys, monkeypatch):
 
 KILLED_RUN = """
 import os, signal, sys
-from hf_camphive import cli, pruner
+from hf_camphive import cli
+from hf_camphive.runs import pruner
 real = pruner.save_progress
 def deadly(*args):
     real(*args)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.brief import time_briefly
 
-from hf_camphive.results import Results
+from hf_camphive.runs.results import Results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

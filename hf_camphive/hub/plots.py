@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from hf_camphive.hub.report import PruneReport, Stage, format_bytes, format_count, format_ms
-from hf_camphive.results import Cell, Results, Summary
+from hf_camphive.runs.results import Cell, Results, Summary
 
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 LINES = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#222222")

@@ -18,7 +18,7 @@ from hf_camphive.hub.loading import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
-from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.runs.pruner import CampHiVePruner
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).parents[2] / "benchmarks" / "zoo.py")
 zoo = importlib.util.module_from_spec(SPEC)

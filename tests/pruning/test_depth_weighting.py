@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_camphive import steps
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.network.surgery.cutting import apply_plan
-from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.pruning.scoring.depth_weighting import best_early_weight, weighed
+from hf_camphive.runs import cycle as steps
+from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import load_loaders
 

@@ -12,13 +12,13 @@ from support.training import CONFIG as TRAINING
 from support.training import Net, interrupted, loaders
 
 import hf_camphive
-from hf_camphive import steps
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.hub.loading import load_base
 from hf_camphive.network.graph.program import named_tensors
-from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.pruning.merging.weights import merge_weights, zero_share, zero_weights
 from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
+from hf_camphive.runs import cycle as steps
+from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.finetuning import finetune
 
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from hf_camphive import pruner
 from hf_camphive.network import footprint
+from hf_camphive.runs import pruner
 
 measure_briefly = partial(footprint.measure_latency, runs=3, seconds=0.1)
 

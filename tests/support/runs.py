@@ -1,8 +1,9 @@
 """Short whole runs on the bundled digits, and ways to kill them."""
 
-from hf_camphive import pruner, steps
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.runs import cycle as steps
+from hf_camphive.runs import pruner
+from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training import checkpoints
 from hf_camphive.training import finetuning as training
 from hf_camphive.training.data.loaders import load_loaders

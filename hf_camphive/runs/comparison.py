@@ -34,10 +34,10 @@ from hf_camphive.hub.report import Accuracy, environment, format_share, publishe
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Scores
-from hf_camphive.results import Cell, Results, Row, differences
+from hf_camphive.runs.pruner import CampHiVePruner
+from hf_camphive.runs.results import Cell, Results, Row, differences
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import Loaders
 from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm

@@ -20,7 +20,6 @@ from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
 from torch import nn
 
 import hf_camphive
-from hf_camphive import pruner, steps
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
@@ -28,10 +27,12 @@ from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
-from hf_camphive.resume import IterationMemory
+from hf_camphive.runs import cycle as steps
+from hf_camphive.runs import pruner
+from hf_camphive.runs.progress import IterationMemory
+from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.loaders import load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 

@@ -26,8 +26,8 @@ from hf_camphive.hub.report import Accuracy, GroupRow, PruneReport, Stage, envir
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.budgets import overall_budgets
-from hf_camphive.resume import IterationMemory, Progress, load_progress, save_progress, training_folder
-from hf_camphive.steps import Batches, PruningSteps
+from hf_camphive.runs.cycle import Batches, PruningSteps
+from hf_camphive.runs.progress import IterationMemory, Progress, load_progress, save_progress, training_folder
 from hf_camphive.training.data.loaders import Loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.finetuning import finetune, train_head

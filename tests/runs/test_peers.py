@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_camphive.comparison import Problem
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelCut
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.surgery.cutting import apply_plan
-from hf_camphive.pruner import CampHiVePruner
+from hf_camphive.runs.comparison import Problem
+from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.calibration import Calibration
 
 pytest.importorskip("torch_pruning", reason='needs pip install "hf_camphive[benchmarks]"')
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import torch_pruning_peer as peer
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from hf_camphive.core.errors import OutputError
 from hf_camphive.hub.plots import draw_comparison
-from hf_camphive.results import Cell, Results, Row, Spread, differences
+from hf_camphive.runs.results import Cell, Results, Row, Spread, differences
 
 
 def row(method="fisher", ratio=2.0, seed=0, *, pruned=0.5, recalibrated=0.6, recalibrates=True, **changes):

@@ -9,8 +9,6 @@ import pytest
 import torch
 from support.toys import ToyResNet, images, randomise
 
-from hf_camphive import comparison
-from hf_camphive.comparison import Comparison, grid
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
 from hf_camphive.core.plan import ChannelCut, PrunePlan
@@ -18,10 +16,12 @@ from hf_camphive.hub.loading import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.pruner import CampHiVePruner
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Evidence
-from hf_camphive.results import Cell, Results, Row
+from hf_camphive.runs import comparison
+from hf_camphive.runs.comparison import Comparison, grid
+from hf_camphive.runs.pruner import CampHiVePruner
+from hf_camphive.runs.results import Cell, Results, Row
 from hf_camphive.training.data.loaders import load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 
