@@ -3,7 +3,7 @@
 
 import sys
 
-from hf_camphive.cli import prune_main
+from hf_camphive.cli.main import prune_main
 
 if __name__ == "__main__":
     sys.exit(prune_main())

@@ -132,7 +132,7 @@ def test_no_drawer_for_odds_and_ends():
 
 def test_the_rules_bite():
     tree = ast.parse(
-        "from .cli import main\nfrom . import hub\nimport hf_camphive.cli\nprint(torch.load(p).x.mkdir())"
+        "from .cli import main\nfrom . import hub\nimport hf_camphive.cli.main\nprint(torch.load(p).x.mkdir())"
     )
-    assert own_imports(tree) == {"cli", "hub", "hf_camphive.cli"}
+    assert own_imports(tree) == {"cli", "hub", "hf_camphive.cli.main"}
     assert {"print", "torch.load", ".mkdir"} <= calls(tree)

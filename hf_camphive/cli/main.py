@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_camphive.arguments import (
+from hf_camphive.cli.arguments import (
     BUNDLED_MODEL,
     CompareArguments,
     DataArguments,

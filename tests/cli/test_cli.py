@@ -22,8 +22,8 @@ from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import cli
-from hf_camphive.arguments import RecipeArguments, parse
+from hf_camphive.cli import main as cli
+from hf_camphive.cli.arguments import RecipeArguments, parse
 from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
@@ -34,7 +34,7 @@ from hf_camphive.network.footprint import count_macs
 from hf_camphive.runs import cycle as steps
 from hf_camphive.runs import pruner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
 
 
@@ -419,7 +419,7 @@ def test_a_pushed_run_is_told_where(capsys, monkeypatch):
 
 KILLED_RUN = """
 import os, signal, sys
-from hf_camphive import cli
+from hf_camphive.cli import main as cli
 from hf_camphive.runs import pruner
 real = pruner.save_progress
 def deadly(*args):
