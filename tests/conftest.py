@@ -1,12 +1,16 @@
 """Tests run offline, on the CPU, and without the progress bars of the libraries."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Processes that tests start import this checkout, and `support` as the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture
