@@ -22,8 +22,8 @@ from typing import Any
 from networks import NETWORKS, Network, base_of, folder_of
 
 from hf_camphive import CampHiVeConfig, load_loaders
-from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.errors import CampHiVeError
+from hf_camphive.core.runtime import keep_freed_memory
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.runs.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid

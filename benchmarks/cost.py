@@ -16,8 +16,7 @@ from measuring import resident_bytes
 from networks import NETWORKS, base_of, loaders_of
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
-from hf_camphive.core.allocator import keep_freed_memory
-from hf_camphive.hub.report import environment
+from hf_camphive.core.runtime import environment, keep_freed_memory
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.training.data.calibration import Calibration
 

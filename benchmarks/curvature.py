@@ -35,11 +35,10 @@ from peers import (
 from torch import Tensor, distributed
 
 from hf_camphive import CampHiVeConfig
-from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.core.runtime import environment, keep_freed_memory
 from hf_camphive.curvature.eigensolvers import lanczos, power_iteration
 from hf_camphive.curvature.operators import Curvature
 from hf_camphive.hub.plots import BLUE, DPI, GREY, INK, ORANGE
-from hf_camphive.hub.report import environment
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Evidence
 from hf_camphive.training.data.calibration import Calibration
 

@@ -33,10 +33,8 @@ from networks import NETWORKS, base_of, loaders_of
 from torch import nn
 
 from hf_camphive import CampHiVeConfig, CampHiVePruner
-from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.plan import Budget
-from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.hub.report import environment
+from hf_camphive.core.runtime import environment, keep_freed_memory, make_accelerator
 from hf_camphive.network.footprint import count_macs, count_parameters, measure_latency
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.tracing import trace_network

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from hf_camphive.core.plan import ChannelCut, PrunePlan
-from hf_camphive.hub.report import environment
+from hf_camphive.core.runtime import environment
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import droppable_branches
 from hf_camphive.network.graph.program import GONE, named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
-from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
+from hf_camphive.network.surgery.cutting import apply_plan, mask_state
+from hf_camphive.network.surgery.verification import check_groups
 
 ROOT = Path(__file__).parent.parent
 LIST, RESULTS, PAGE = ROOT / "tests" / "zoo.txt", ROOT / "docs" / "results" / "zoo.json", ROOT / "docs" / "zoo.md"

@@ -22,7 +22,7 @@ _HOMES = {
     "PrunePlan": "hf_camphive.core.plan",
     "expand": "hf_camphive.network.surgery.widening",
     "fold": "hf_camphive.network.surgery.folding",
-    "from_pretrained": "hf_camphive.hub.saving",
+    "from_pretrained": "hf_camphive.hub.loading",
     "load_base": "hf_camphive.hub.loading",
     "load_loaders": "hf_camphive.training.data.loaders",
 }

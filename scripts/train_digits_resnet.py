@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import hf_camphive.network.modeling.cifar  # noqa: F401  (registers the network in timm)
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.measures import Accuracy
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.hub.report import Accuracy
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.training.data.loaders import Loaders, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageClassification
 import hf_camphive
 from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base, load_loaders
 from hf_camphive.core.plan import PrunePlan, plans_to_json
-from hf_camphive.hub.report import PruneReport, environment
+from hf_camphive.core.runtime import environment
+from hf_camphive.hub.report import PruneReport
 
 RECORD = Path(__file__).parent / "golden" / "results.json"
 SHARE_OF_EQUAL_CHANNELS, RELATIVE_TOLERANCE = 0.9, 0.05  # on other machines

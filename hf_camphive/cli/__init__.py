@@ -1,1 +1,4 @@
-"""To be described."""
+"""The command line; the only room that prints.
+
+May import every room. Start with `main.py`.
+"""

@@ -26,8 +26,8 @@ from hf_camphive.cli.arguments import (
     parse,
     settings_of,
 )
-from hf_camphive.core.allocator import keep_freed_memory
 from hf_camphive.core.errors import CampHiVeError, ConfigError, ModelError, PlanError
+from hf_camphive.core.runtime import keep_freed_memory
 
 USAGE = """usage: camphive {prune,inspect,evaluate,expand,compare} [options]
 
@@ -128,11 +128,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from hf_camphive.hub.report import format_count
+    from hf_camphive.core.measures import format_count
     from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
     from hf_camphive.network.graph.program import named_tensors
     from hf_camphive.network.graph.tracing import trace_network
-    from hf_camphive.network.surgery.cutting import check_groups
+    from hf_camphive.network.surgery.verification import check_groups
 
     base = _load(model)
     trace = trace_network(base.net, tuple(base.net.pretrained_cfg["input_size"]))
@@ -170,8 +170,8 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
-    from hf_camphive.core.runtime import make_accelerator
-    from hf_camphive.hub.report import Stage, environment, stages_table
+    from hf_camphive.core.runtime import environment, make_accelerator
+    from hf_camphive.hub.report import Stage, stages_table
     from hf_camphive.network.footprint import footprint, measure_latency
     from hf_camphive.training.evaluation import evaluate_accuracy
 
@@ -204,11 +204,11 @@ def expand(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from hf_camphive.hub.report import format_count, published
+    from hf_camphive.core.measures import format_count, published
     from hf_camphive.hub.saving import check_output_folder, save_expanded
     from hf_camphive.network.footprint import count_macs, count_parameters
     from hf_camphive.network.graph.tracing import trace_network
-    from hf_camphive.network.surgery.cutting import check_groups
+    from hf_camphive.network.surgery.verification import check_groups
     from hf_camphive.network.surgery.widening import Expansion
     from hf_camphive.network.surgery.widening import expand as widen
 
@@ -388,7 +388,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _without_folders(argument: str) -> str:
-    from hf_camphive.hub.report import published
+    from hf_camphive.core.measures import published
 
     option, equals, value = argument.rpartition("=")
     return f"{option}{equals}{published(value)}"

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from hf_camphive.core.errors import PlanError
+from hf_camphive.core.measures import format_cost
 
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1
@@ -93,13 +94,6 @@ class Budget:
     before: float
     target: float
     after: float
-
-
-def format_cost(cost: str, value: float) -> str:
-    """("macs", 1200) -> "1,200 MACs per image"; ("latency", 3.14159) -> "3.14 ms a batch"."""
-    if cost == "latency":
-        return f"{value:.3g} ms a batch"
-    return f"{value:,.0f} {'MACs per image' if cost == 'macs' else 'parameters'}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
 """How the program was launched: this process's `Accelerator`, and what only the main process shows."""
 
+import ctypes
 import logging
 import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -56,3 +61,56 @@ def progress_bar(accelerator: Accelerator, description: str, total: int | None, 
         dynamic_ncols=True,
         disable=not accelerator.is_main_process,
     )
+
+
+def environment(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:
+    """Versions and hardware that a run's figures depend on."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    packages = {package: version(package) for package in ("torch", "timm", "transformers", "hf_camphive")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "device": name if device.type in ("cpu", "cuda") else f"{device.type} of {name}",
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "processes": str(processes),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+KEPT, STEP = 2**30, 2**26  # bytes
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, in place of giving it back to the system at once; whether that could be set.
+
+    glibc maps each block above 32 MiB anew, so that every activation of a network is paid for by page faults, which cost
+    more than many an operation on it. Elsewhere than under glibc nothing changes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: KEPT, M_TOP_PAD: STEP}
+    return all(mallopt(key, value) == 1 for key, value in settings.items())
+
+
+_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device had no memory left; PyTorch raises a plain `RuntimeError` on CPUs."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)

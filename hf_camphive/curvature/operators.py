@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.core.memory import is_out_of_memory
+from hf_camphive.core.runtime import is_out_of_memory
 from hf_camphive.curvature.gates import GatedRun, GateSpace, gated_run
 from hf_camphive.network.graph.tracing import Trace
 

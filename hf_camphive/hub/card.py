@@ -10,17 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_camphive.hub.report import (
-    NOT_MEASURED,
-    GroupRatio,
-    PruneReport,
-    Stage,
-    budget_text,
-    format_bytes,
-    format_count,
-    format_ms,
-    format_share,
-)
+from hf_camphive.core.measures import NOT_MEASURED, format_bytes, format_count, format_ms, format_share
+from hf_camphive.hub.report import GroupRatio, PruneReport, Stage, budget_text
 from hf_camphive.network.surgery.widening import Expansion
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

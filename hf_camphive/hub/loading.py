@@ -6,7 +6,7 @@ Reads folders and the Hub's cache, writes nothing. Weights come from safetensors
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -17,17 +17,24 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import ModelCard, list_repo_files, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # of httpx or its successor, whichever this version uses
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_camphive.core.errors import ModelError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
+from hf_camphive.hub.saving import _first_line
 from hf_camphive.network.modeling import modeling_camphive
 from hf_camphive.network.modeling.cifar import checkpoint_filter
+from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
 
 BUNDLED = "digits_resnet"
 WEIGHTS_FILE = "model.safetensors"
@@ -349,3 +356,63 @@ def _close(name: str) -> str:
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def from_pretrained(
+    path_or_id: str | Path, revision: str | None = None, **kwargs: Any
+) -> CampHiVeForImageClassification:
+    """Load a pruned model from a folder or the Hub; runs no code from there.
+
+    Weights come from safetensors only. `kwargs` go to transformers' `from_pretrained` (dtype, device_map, token, ...).
+
+    Raises:
+        ModelError: On anything that is not a whole model of ours, or whose config.json asks for other files.
+    """
+    source = str(path_or_id)
+    where = {"revision": revision} if revision else {}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, **where, **kwargs)
+        if not values:
+            raise OSError("there is none")
+    except (OSError, ValueError, HTTPError) as error:
+        raise ModelError(
+            f"cannot read config.json of {source} ({_first_line(error)}); give a folder that hf_camphive saved, or "
+            "the Hub id of one"
+        ) from error
+    if values.get("model_type") != MODEL_TYPE:
+        kind = values.get("model_type") or values.get("architecture") or "unknown"
+        raise ModelError(
+            f"{source} is a model of type {kind!r} that was not saved by hf_camphive; load it with "
+            "transformers.AutoModelForImageClassification or timm.create_model"
+        )
+    try:
+        check_config(values)
+    except ValueError as error:
+        raise ModelError(f"{source} is refused: {error}") from error
+    resized = kwargs.pop("ignore_mismatched_sizes", False)
+    how = {**kwargs, **where, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    try:
+        model, found = CampHiVeForImageClassification.from_pretrained(source, **how)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, HTTPError) as error:
+        raise _damaged(source, _first_line(error)) from error
+    if found["missing_keys"]:
+        raise _damaged(source, f"model.safetensors lacks {_listed(found['missing_keys'])}")
+    if found["unexpected_keys"]:
+        raise _damaged(source, f"the network has no place for {_listed(found['unexpected_keys'])}")
+    if found["mismatched_keys"] and not resized:
+        raise _damaged(
+            source, f"other shapes than config.json says: {_listed(k[0] for k in found['mismatched_keys'])}"
+        )
+    return model
+
+
+def _damaged(source: str, fault: str) -> ModelError:
+    return ModelError(
+        f"{source} is damaged: its weights do not fit the network that its config.json describes ({fault}); download "
+        "or copy it again, or save it again from the run that made it"
+    )
+
+
+def _listed(keys: Iterable[str]) -> str:
+    names = sorted(key.removeprefix("timm_model.") for key in keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

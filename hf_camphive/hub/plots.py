@@ -16,12 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hf_camphive.hub.report import PruneReport, Stage, format_bytes, format_count, format_ms
-from hf_camphive.runs.results import Cell, Results, Summary
+from hf_camphive.core.measures import format_bytes, format_count, format_ms
+from hf_camphive.hub.report import PruneReport, Stage
 
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
-LINES = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#222222")
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 GREY, PALE, INK = "#8C8C8C", "#E4E4E4", "#222222"
 STAGE_COLOURS = {"dense": GREY, "pruned": ORANGE, "polished": GREEN, "finetuned": BLUE}
 DROPPED = {"facecolor": "white", "edgecolor": VERMILION, "hatch": "/////", "linewidth": 0}
@@ -59,7 +57,7 @@ def draw_widths(report: PruneReport) -> Figure:
     groups = report.groups
     pitch = 0.21 if len(groups) <= 40 else 0.17
     text = 8.5 if len(groups) <= 40 else 7.5
-    figure, axes = _figure(1.4 + pitch * len(groups))
+    figure, axes = new_axes(1.4 + pitch * len(groups))
     rows = range(len(groups))
     for row, group in enumerate(groups):
         kept = 100 * group.kept / max(1, group.size)
@@ -105,7 +103,7 @@ def draw_ratios(report: PruneReport) -> Figure:
     groups = [group for group in report.groups if group.in_scope and not group.frozen]
     overall = 100 * (1 - sum(group.kept for group in groups) / sum(group.size for group in groups))
     text = 8.5 if len(rows) <= 40 else 7.5
-    figure, axes = _figure(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
+    figure, axes = new_axes(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line, which may stand where a label does
     for i, row in enumerate(rows):
         axes.barh(i, 100 * row.ratio, color=VERMILION if row.bottleneck else BLUE, height=0.78)
@@ -138,7 +136,7 @@ def draw_summary(report: PruneReport) -> Figure:
     panels = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     farthest = max([100.0, *(100 * after / before for _, before, after, _ in costs)])
     for axes in panels:
-        _plain(axes)
+        without_frame(axes)
         axes.set_xlim(0, 1.42 * farthest)
         axes.set_xticks([tick for tick in MaxNLocator(6).tick_values(0, farthest) if tick <= farthest])
         axes.tick_params(axis="y", length=0)
@@ -181,7 +179,7 @@ def draw_scores(scores: Mapping[str, Sequence[float]], criterion: str) -> Figure
     """Every group's scores in ascending order, on a logarithmic axis; the colour says how deep the group lies."""
     names = list(scores)
     chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(MOST_CURVES, len(names)))})
-    figure, axes = _figure(4.4)
+    figure, axes = new_axes(4.4)
     # The palest end of the map would vanish on white.
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(names)))
     hidden = 0
@@ -219,7 +217,7 @@ def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
         panels.append(("Validation top-1 (%)", top1, BLUE, ".2f"))
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained", facecolor="white")
     for axes, (title, values, colour, form) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        _plain(axes)
+        without_frame(axes)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("epochs")
         axes.grid(True, color=PALE, linewidth=0.8)
@@ -232,55 +230,6 @@ def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
             f"{values[-1]:{form}}", (x[-1], values[-1]), (0, 8), textcoords="offset points", ha="center", fontsize=9.5
         )
     return figure
-
-
-def draw_comparison(results: Results) -> Figure:
-    """Top-1 over MACs at the end of each run: a line for each method, its band one standard deviation over seeds.
-
-    Where some were run at several ratios, those that were not are left to the tables: they are points above each other.
-    """
-    points_of: dict[Cell, list[Summary]] = {}
-    for summary in results.summaries():
-        points_of.setdefault(summary.recipe, []).append(summary)
-    least = min(2, max(map(len, points_of.values())))
-    points_of = {recipe: points for recipe, points in points_of.items() if len(points) >= least}
-    named = _distinct_names(list(points_of))
-    lines = {named[recipe]: points for recipe, points in points_of.items()}
-    figure, axes = _figure(max(4.4, 1.5 + 0.21 * len(lines)))
-    for i, (name, points) in enumerate(lines.items()):
-        points.sort(key=lambda point: point.of(lambda row: row.macs).mean)
-        macs = np.array([point.of(lambda row: row.macs).mean for point in points])
-        tops = [point.of(lambda row: 100 * row.final) for point in points]
-        middle, band = np.array([top.mean for top in tops]), np.array([top.deviation or 0.0 for top in tops])
-        line, marker = STYLES[i // len(LINES) % len(STYLES)]
-        style = {"color": LINES[i % len(LINES)], "linewidth": 1.6}
-        axes.plot(macs, middle, linestyle=line, marker=marker, markersize=4, label=name, **style)
-        axes.fill_between(macs, middle - band, middle + band, color=style["color"], alpha=0.15, linewidth=0)
-    dense = 100 * float(np.mean([row.dense for row in results.rows]))
-    axes.axhline(dense, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense:.2f} %")
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("MACs per image")
-    axes.set_ylabel("top-1 (%)")
-    axes.set_title(f"Accuracy over MACs: {results.settings.get('architecture', '')}", loc="left", fontsize=11)
-    axes.grid(True, color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, fontsize=8.5)
-    return figure
-
-
-def _distinct_names(recipes: Sequence[Cell]) -> dict[Cell, str]:
-    """The name of each recipe: its method, and whatever else is not the same in all of them."""
-
-    def varies(name: str) -> bool:
-        return len({getattr(recipe, name) for recipe in recipes}) > 1
-
-    def named(recipe: Cell) -> str:
-        cycles = [f"{recipe.cycles} cycle{'s' * (recipe.cycles > 1)}"] if varies("cycles") else []
-        images = [f"{recipe.calibration_size:,} images"] if varies("calibration_size") else []
-        return ", ".join([recipe.method, *([recipe.merge] if varies("merge") else []), *cycles, *images])
-
-    return {recipe: named(recipe) for recipe in recipes}
 
 
 def _costs(report: PruneReport) -> list[_Cost]:
@@ -300,14 +249,16 @@ def _costs(report: PruneReport) -> list[_Cost]:
     return [row for row in rows if row[1] and row[2] is not None]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_axes(height: float) -> tuple[Figure, Axes]:
+    """Return an empty figure of the usual width and of `height` inches, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    _plain(axes)
+    without_frame(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def without_frame(axes: Axes) -> None:
+    """Remove the frame's top and right lines and draw the others in grey."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, labelsize=9.5)

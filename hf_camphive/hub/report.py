@@ -1,43 +1,29 @@
 """What a run measured, as data, as JSON and as a table: accuracy and footprint of each stage, and what became of the groups."""
 
 import json
-import math
-import os
-import platform
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_camphive.core.errors import ModelError
-from hf_camphive.core.plan import Budget, format_cost
-from hf_camphive.network.footprint import Footprint, Latency
+from hf_camphive.core.measures import (
+    NOT_MEASURED,
+    Accuracy,
+    Footprint,
+    Latency,
+    format_bytes,
+    format_cost,
+    format_count,
+    format_ms,
+    format_share,
+)
+from hf_camphive.core.plan import Budget
 
 REPORT_FILE = "report.json"
 SCHEMA = 1
-NOT_MEASURED = "not measured"
 TABLE_WIDTH = 100
 BOTTLENECK_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of images whose label is the best guess (top1) or among the five best (top5), in [0, 1]."""
-
-    top1: float
-    top5: float
-    images: int
-    split: str
-
-    @property
-    def standard_error(self) -> float:
-        """Of top1, sqrt(p (1 - p) / N); where no image, or every one, is right, that of half an image: none is certain."""
-        p = min(max(self.top1, 0.5 / self.images), 1 - 0.5 / self.images)
-        return math.sqrt(p * (1 - p) / self.images)
 
 
 @dataclass(frozen=True)
@@ -201,46 +187,6 @@ def stages_table(stages: Sequence[Stage], environment: Mapping[str, str]) -> str
     return "\n".join([lines[0], rule, *lines[1:], rule, *_table_notes(stages, environment)])
 
 
-def published(name: str) -> str:
-    """A model's or dataset's name as a report gives it: of an absolute path the last part, as reports are published."""
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def environment(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:
-    """Versions and hardware that a run's figures depend on."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    packages = {package: version(package) for package in ("torch", "timm", "transformers", "hf_camphive")}
-    return {
-        "python": platform.python_version(),
-        **packages,
-        "device": name if device.type in ("cpu", "cuda") else f"{device.type} of {name}",
-        "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
-        "processes": str(processes),
-    }
-
-
-def format_share(share: float) -> str:
-    """0.9339 -> "93.39 %"."""
-    return f"{100 * share:.2f} %"
-
-
-def format_count(count: float) -> str:
-    """1814073344 -> "1.814 G"."""
-    return _scaled(count, ("", "k", "M", "G", "T"), 4)
-
-
-def format_bytes(size: float) -> str:
-    """46837096 -> "46.8 MB" (decimal)."""
-    return _scaled(size, ("B", "kB", "MB", "GB"), 3)
-
-
-def format_ms(milliseconds: float) -> str:
-    """71.23 -> "71.2 ms"."""
-    return f"{_digits(milliseconds, 3)} ms"
-
-
 def _batch_sizes(stages: Sequence[Stage]) -> list[int]:
     return sorted({batch for stage in stages for batch in stage.footprint.latency_ms})
 
@@ -296,15 +242,6 @@ def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> lis
     return [line for note in notes for line in _wrap(note)]
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _stage_from(values: Mapping[str, Any]) -> Stage:
     cost = values["footprint"]
     latency = {int(batch): Latency(**row) for batch, row in cost["latency_ms"].items()}
@@ -315,19 +252,6 @@ def _stage_from(values: Mapping[str, Any]) -> Stage:
         Footprint(**cost | {"latency_ms": latency, "folded_ms": folded}),
         None if accuracy is None else Accuracy(**accuracy),
     )
-
-
-def _digits(value: float, significant: int) -> str:
-    """Fixed-point text with so many significant digits, as far as digits after the point can give them."""
-    whole = len(str(int(abs(value))))
-    return f"{value:.{max(0, significant - whole)}f}"
-
-
-def _scaled(value: float, units: Sequence[str], significant: int) -> str:
-    power = 0
-    while value >= 999.95 and power + 1 < len(units):
-        value, power = value / 1000, power + 1
-    return f"{value:,.0f} {units[0]}".strip() if power == 0 else f"{_digits(value, significant)} {units[power]}"
 
 
 def _points(before: float, after: float) -> str:

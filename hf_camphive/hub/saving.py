@@ -14,16 +14,14 @@ from typing import Any, Protocol
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # of httpx or its successor, whichever this version uses
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig
 
 from hf_camphive.core.config import CONFIG_FILE, CampHiVeConfig
-from hf_camphive.core.errors import ModelError, OutputError
+from hf_camphive.core.errors import OutputError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_to_json
 from hf_camphive.hub.card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
-from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
+from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification
 from hf_camphive.network.surgery.widening import EXPANSION_FILE, Expansion
 
 CARD_FILE = "README.md"
@@ -197,54 +195,6 @@ def _foreign(folder: Path) -> list[str]:
     return found
 
 
-def from_pretrained(
-    path_or_id: str | Path, revision: str | None = None, **kwargs: Any
-) -> CampHiVeForImageClassification:
-    """Load a pruned model from a folder or the Hub; runs no code from there.
-
-    Weights come from safetensors only. `kwargs` go to transformers' `from_pretrained` (dtype, device_map, token, ...).
-
-    Raises:
-        ModelError: On anything that is not a whole model of ours, or whose config.json asks for other files.
-    """
-    source = str(path_or_id)
-    where = {"revision": revision} if revision else {}
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(source, **where, **kwargs)
-        if not values:
-            raise OSError("there is none")
-    except (OSError, ValueError, HTTPError) as error:
-        raise ModelError(
-            f"cannot read config.json of {source} ({_first_line(error)}); give a folder that hf_camphive saved, or "
-            "the Hub id of one"
-        ) from error
-    if values.get("model_type") != MODEL_TYPE:
-        kind = values.get("model_type") or values.get("architecture") or "unknown"
-        raise ModelError(
-            f"{source} is a model of type {kind!r} that was not saved by hf_camphive; load it with "
-            "transformers.AutoModelForImageClassification or timm.create_model"
-        )
-    try:
-        check_config(values)
-    except ValueError as error:
-        raise ModelError(f"{source} is refused: {error}") from error
-    resized = kwargs.pop("ignore_mismatched_sizes", False)
-    how = {**kwargs, **where, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
-    try:
-        model, found = CampHiVeForImageClassification.from_pretrained(source, **how)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, HTTPError) as error:
-        raise _damaged(source, _first_line(error)) from error
-    if found["missing_keys"]:
-        raise _damaged(source, f"model.safetensors lacks {_listed(found['missing_keys'])}")
-    if found["unexpected_keys"]:
-        raise _damaged(source, f"the network has no place for {_listed(found['unexpected_keys'])}")
-    if found["mismatched_keys"] and not resized:
-        raise _damaged(
-            source, f"other shapes than config.json says: {_listed(k[0] for k in found['mismatched_keys'])}"
-        )
-    return model
-
-
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -304,18 +254,6 @@ def _siblings(folder: Path, kind: str) -> list[Path]:
     name = re.compile(rf"\.{re.escape(folder.name)}\.{kind}-[0-9a-f]{{8}}")
     found = [path for path in sorted(folder.parent.glob(".*")) if name.fullmatch(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink() and not _foreign(path)]
-
-
-def _damaged(source: str, fault: str) -> ModelError:
-    return ModelError(
-        f"{source} is damaged: its weights do not fit the network that its config.json describes ({fault}); download "
-        "or copy it again, or save it again from the run that made it"
-    )
-
-
-def _listed(keys: Iterable[str]) -> str:
-    names = sorted(key.removeprefix("timm_model.") for key in keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
 def _several(names: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ Units: 1 MAC = 2 FLOPs, counted per image from the shapes that are really comput
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import safetensors.torch
@@ -14,31 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_camphive.core.measures import Footprint, Latency
+
 LEAST_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward pass over a batch: median, 10th and 90th percentile of `runs` runs."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size.
-
-    `folded_ms` is the latency as the network would be deployed (`folding.fold`).
-    """
-
-    parameters: int
-    macs: int
-    file_bytes: int
-    latency_ms: dict[int, Latency]
-    folded_ms: dict[int, Latency] = field(default_factory=dict)
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -1,1 +1,5 @@
-"""To be described."""
+"""The method: score channels, plan what to remove, merge the removed into the kept, polish.
+
+May import `core`, `network`, `training` and `curvature`. Start with `scoring/criteria.py`, `planning/greedy.py` and
+`merging/rules.py`.
+"""

@@ -1,1 +1,4 @@
-"""To be described."""
+"""Whole runs: prune a network in cycles, resume, compare methods.
+
+May import every room but `cli`. Start with `pruner.py` (one run) and `cycle.py` (its steps).
+"""

@@ -26,16 +26,17 @@ from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.core.measures import Accuracy, format_share, published
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.core.runtime import make_accelerator
+from hf_camphive.core.runtime import environment, make_accelerator
 from hf_camphive.hub.loading import BaseModel
-from hf_camphive.hub.plots import DPI, draw_comparison
-from hf_camphive.hub.report import Accuracy, environment, format_share, published
+from hf_camphive.hub.plots import DPI
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Scores
+from hf_camphive.runs.comparison_plot import draw_comparison
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.runs.results import Cell, Results, Row, differences
 from hf_camphive.training.data.calibration import Calibration

@@ -24,12 +24,14 @@ from hf_camphive.hub.loading import BaseModel, as_base
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
-from hf_camphive.network.surgery.cutting import State, apply_plan, check_groups
-from hf_camphive.network.surgery.implants import with_implants
+from hf_camphive.network.surgery.cutting import State, apply_plan
+from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
 from hf_camphive.pruning.merging.weights import zero_share, zero_weights
 from hf_camphive.pruning.planning.budgets import dense_sizes, is_finished, next_targets
-from hf_camphive.pruning.planning.greedy import Budgeted, Part, make_plan
+from hf_camphive.pruning.planning.costs import Budgeted, Part
+from hf_camphive.pruning.planning.greedy import make_plan
+from hf_camphive.pruning.planning.implants import with_implants
 from hf_camphive.pruning.planning.latency.prediction import latency_parts
 from hf_camphive.pruning.planning.latency.timing import LatencyTable
 from hf_camphive.pruning.polish import Polished, polish

@@ -15,11 +15,12 @@ from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, ModelError
+from hf_camphive.core.measures import published
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.curvature.eigensolvers import State
 from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import BaseModel, load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport, published
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 
 _ITERATION = "iteration.safetensors"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"

@@ -18,11 +18,13 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.measures import Accuracy, published
 from hf_camphive.core.plan import PrunePlan
+from hf_camphive.core.runtime import environment
 from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import replace_head
 from hf_camphive.hub.plots import draw_plots
-from hf_camphive.hub.report import Accuracy, GroupRow, PruneReport, Stage, environment, published
+from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.budgets import overall_budgets

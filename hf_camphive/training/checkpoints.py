@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from hf_camphive.core.errors import ConfigError, TrainingError
-from hf_camphive.hub.report import format_share
+from hf_camphive.core.measures import format_share
 from hf_camphive.training.precision import Precision
 
 PROGRESS_FILE = "progress.json"

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_camphive.core.errors import DataError, TrainingError
+from hf_camphive.core.measures import Accuracy
 from hf_camphive.core.runtime import progress_bar
-from hf_camphive.hub.report import Accuracy
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.metrics import TopK
 from hf_camphive.training.precision import Batch, channels_last

@@ -29,10 +29,9 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError, TrainingError
 from hf_camphive.core.runtime import progress_bar
 from hf_camphive.network.modes import keeping_modes
-from hf_camphive.pruning.merging.weights import keep_zeros
 from hf_camphive.training.checkpoints import CheckpointStore, EpochLog, TrainingProgress
 from hf_camphive.training.evaluation import evaluate_accuracy
-from hf_camphive.training.optimization import classification_loss, make_optimizer, warmup_cosine
+from hf_camphive.training.optimization import classification_loss, keep_zeros, make_optimizer, warmup_cosine
 from hf_camphive.training.precision import Batch, Precision, autocast, channels_last, shared_choice
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
 """What training descends, and by which steps: the loss, the course of the learning rate, the optimizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.training.precision import at_least_fp32
@@ -47,3 +47,15 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+
+
+def keep_zeros(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Whatever is zero now in parameters of two or more axes is +0.0 after every step, momentum and decay or not."""
+    zeros: Mapping[nn.Parameter, Tensor] = {p: p.detach() == 0 for p in parameters if p.ndim > 1}
+
+    @torch.no_grad()
+    def refill(*_: object) -> None:
+        for parameter, zero in zeros.items():
+            parameter.masked_fill_(zero, 0)
+
+    optimizer.register_step_post_hook(refill)

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.hub.report import format_ms
+from hf_camphive.core.measures import format_ms
 from hf_camphive.network.footprint import wait_for
 
 logger = logging.getLogger(__name__)

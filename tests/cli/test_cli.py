@@ -26,10 +26,11 @@ from hf_camphive.cli import main as cli
 from hf_camphive.cli.arguments import RecipeArguments, parse
 from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
+from hf_camphive.core.measures import format_count, format_share
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
 from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport, format_count, format_share
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.runs import cycle as steps
 from hf_camphive.runs import pruner

@@ -10,7 +10,7 @@ from hf_camphive.core import allocator
 
 FAULTS = """
 import resource, torch
-from hf_camphive.core.allocator import keep_freed_memory
+from hf_camphive.core.runtime import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.measures import Accuracy, Footprint, Latency
 from hf_camphive.hub.card import FOLDER_PLACEHOLDER, render_card
 from hf_camphive.hub.plots import draw_plots
-from hf_camphive.hub.report import Accuracy, GroupRow, PruneReport, Stage
-from hf_camphive.network.footprint import Footprint, Latency
+from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 
 DENSE = Footprint(
     11_689_512, 1_814_073_344, 46_837_096, {1: Latency(20.1, 20, 21, 90), 32: Latency(512.3, 500, 530, 30)}

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from hf_camphive.core.measures import Accuracy, Footprint, Latency
 from hf_camphive.hub.plots import (
     MOST_CURVES,
     draw_finetune,
@@ -17,8 +18,7 @@ from hf_camphive.hub.plots import (
     draw_summary,
     draw_widths,
 )
-from hf_camphive.hub.report import Accuracy, GroupRow, PruneReport, Stage
-from hf_camphive.network.footprint import Footprint, Latency
+from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 
 GROUPS = (
     GroupRow("conv1", 16, 12, None),

@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.hub.report import (
-    NOT_MEASURED,
-    Accuracy,
-    GroupRow,
-    PruneReport,
-    Stage,
-    environment,
-    format_bytes,
-    format_count,
-    format_ms,
-)
-from hf_camphive.network.footprint import Footprint, Latency
+from hf_camphive.core.measures import NOT_MEASURED, Accuracy, Footprint, Latency, format_bytes, format_count, format_ms
+from hf_camphive.core.runtime import environment
+from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 
 DENSE = Footprint(
     853_018, 125_485_706, 3_460_000, {1: Latency(4.21, 4.1, 4.9, 100), 32: Latency(71.2, 70.1, 75.0, 45)}

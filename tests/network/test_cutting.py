@@ -11,7 +11,8 @@ from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from hf_camphive.core.errors import ModelError, PlanError
 from hf_camphive.network.graph.program import export_graph, named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
+from hf_camphive.network.surgery.cutting import apply_plan, mask_state
+from hf_camphive.network.surgery.verification import check_groups
 
 NETWORKS = [
     "resnet18",

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from support.plans import plan_with
 from support.toys import ToyResNet, images, relative_error, seeded
-from test_zoo import zoo
+from support.zoo import zoo
 from timm.layers import BatchNormAct2d, GroupNormAct, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from hf_camphive.network.graph.program import export_graph, named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.surgery.cutting import apply_plan, check_groups
+from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.folding import fold, foldable
+from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct
 
 

@@ -23,11 +23,13 @@ from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.modeling.modeling_camphive import ImplantedConv2d
-from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
-from hf_camphive.network.surgery.implants import implantable_groups, macs_after, with_implants
+from hf_camphive.network.surgery.cutting import apply_plan, mask_state
+from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct
 from hf_camphive.pruning.merging.rules import merge
-from hf_camphive.pruning.planning.greedy import Budgeted, make_plan
+from hf_camphive.pruning.planning.costs import Budgeted
+from hf_camphive.pruning.planning.greedy import make_plan
+from hf_camphive.pruning.planning.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.loaders import load_loaders
 

@@ -12,7 +12,7 @@ from hf_camphive.core.errors import CampHiVeError, ModelError
 from hf_camphive.network.graph.blocks import affine_path, droppable_branches, exterior_groups, junctions
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.surgery.cutting import check_groups
+from hf_camphive.network.surgery.verification import check_groups
 
 
 def groups_of(net: nn.Module, size: int = 8) -> dict[str, list[tuple[str, int, str]]]:

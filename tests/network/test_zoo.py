@@ -1,14 +1,13 @@
 """A sample of the zoo (all of it: `make zoo`), and networks drawn at random from blocks of every kind."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.toys import images, randomise, relative_error, seeded
+from support.zoo import zoo
 from timm.layers import LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ViTConfig
@@ -17,12 +16,10 @@ from hf_camphive.core.errors import ModelError
 from hf_camphive.hub.loading import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.surgery.cutting import apply_plan, check_groups, mask_state
+from hf_camphive.network.surgery.cutting import apply_plan, mask_state
+from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.runs.pruner import CampHiVePruner
 
-SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).parents[2] / "benchmarks" / "zoo.py")
-zoo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(zoo)
 SAMPLE = [  # small ones of families that differ: residuals, gates, splits, shuffles of paths, groups, other norms, attention
     *("resnet10t", "skresnet18", "resnest14d", "mobilenetv4_conv_small", "lcnet_050", "ghostnet_100", "regnety_004"),
     *("repvgg_a0", "convnextv2_atto", "starnet_s1", "mobilevitv2_050", "efficientvit_b0"),

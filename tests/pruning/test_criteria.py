@@ -19,7 +19,7 @@ from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order
 from hf_camphive.pruning.scoring.context import Evidence
 from hf_camphive.pruning.scoring.criteria import CRITERIA
-from hf_camphive.pruning.scoring.weight_space import greedy_marginals
+from hf_camphive.pruning.scoring.sosp import greedy_marginals
 
 
 def exact_diagonal(product, size: int, *_, **settings) -> Traces:

@@ -11,7 +11,9 @@ from support.chains import chain, config, group
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import Branch, ChannelGroup, Slot
-from hf_camphive.pruning.planning.greedy import Budgeted, Part, Width, cyclic_pairs, make_plan, smallest
+from hf_camphive.pruning.merging.rules import cyclic_pairs
+from hf_camphive.pruning.planning.costs import Budgeted, Part, Width
+from hf_camphive.pruning.planning.greedy import make_plan, smallest
 
 
 def least_macs(network: Budgeted, settings: CampHiVeConfig) -> int:

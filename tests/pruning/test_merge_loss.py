@@ -18,7 +18,7 @@ from hf_camphive.pruning.scoring.merge_loss import (
     merge_moves,
     mergeable,
 )
-from hf_camphive.pruning.scoring.weight_space import channel_costs
+from hf_camphive.pruning.scoring.sosp import channel_costs
 
 GROUP, READER = "block1.conv1", "block1.conv2.weight"
 

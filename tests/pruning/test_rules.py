@@ -17,13 +17,13 @@ from hf_camphive.pruning.merging.rules import (
     Removal,
     cyclic,
     cyclic_ls,
+    cyclic_pairs,
     lstsq,
     merge,
     nearest,
     none,
     with_pairs,
 )
-from hf_camphive.pruning.planning.greedy import cyclic_pairs
 
 # Four channels seen four times: 2 = 3 * channel 0, and 3 = channel 1 + 1.
 ACTIVATIONS = torch.tensor([[1.0, 0, 3, 1], [2, 1, 6, 2], [0, 2, 0, 3], [1, 5, 3, 6]], dtype=torch.float64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_camphive.core.errors import OutputError
-from hf_camphive.hub.plots import draw_comparison
+from hf_camphive.runs.comparison_plot import draw_comparison
 from hf_camphive.runs.results import Cell, Results, Row, Spread, differences
 
 

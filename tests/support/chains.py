@@ -2,7 +2,7 @@
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelGroup, Slot
-from hf_camphive.pruning.planning.greedy import Budgeted
+from hf_camphive.pruning.planning.costs import Budgeted
 
 
 def config(**changes) -> CampHiVeConfig:

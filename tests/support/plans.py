@@ -7,7 +7,8 @@ from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.pruning.planning.greedy import Budgeted, make_plan
+from hf_camphive.pruning.planning.costs import Budgeted
+from hf_camphive.pruning.planning.greedy import make_plan
 
 
 def plan_with(trace: Trace, keep: dict[str, tuple[int, ...]], dropped: tuple[str, ...] = ()) -> PrunePlan:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_camphive.core.errors import ModelError
-from hf_camphive.core.memory import is_out_of_memory
+from hf_camphive.core.runtime import is_out_of_memory
 from hf_camphive.network.graph import masked_norms as norms
 from hf_camphive.network.modes import keeping_modes
 

@@ -1,1 +1,5 @@
-"""To be described."""
+"""Readers of pruned networks, and networks for small images.
+
+`modeling_camphive.py` and `cifar.py` are copied into every saved folder as remote code, so they import only torch, timm,
+transformers and each other. Start with `resize` in `modeling_camphive.py`.
+"""

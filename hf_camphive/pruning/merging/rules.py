@@ -5,7 +5,7 @@ identity on kept channels, and the row of a removed channel s says how much of w
 `reconstruct` refits whole kernels instead (`reconstruction.py`). All rules work at full width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,6 @@ from hf_camphive.network.graph.program import operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.pruning.merging.reconstruction import Reduce, constant_carrier, reconstruct
-from hf_camphive.pruning.planning.greedy import cyclic_pairs
 
 
 @dataclass(frozen=True)
@@ -215,3 +214,18 @@ def _mixed(weight: Tensor, slot: Slot, rows: Tensor, constant: Tensor) -> tuple[
         weight[:, positions] += torch.einsum("os...,st->ot...", columns, rows).to(weight)
         extra += columns.flatten(2).sum(2) @ constant if columns.dim() > 2 else columns @ constant
     return weight, extra
+
+
+def cyclic_pairs(scores: Tensor, keep: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """(removed, receiver) pairs: the r-th removed channel goes to kept channel r mod K, both by descending score.
+
+    CAMP-HiVe, arXiv:2511.06265, cyclic pairing. Deviation: the authors' code pairs by position in memory; we pair by
+    rank, as the paper says. `scores` is [C].
+    """
+    kept = set(keep)
+    order = sorted(range(len(scores)), key=lambda c: (-float(scores[c]), c))
+    receivers = [c for c in order if c in kept]
+    removed = [c for c in order if c not in kept]
+    if not receivers:
+        return ()
+    return tuple((c, receivers[r % len(receivers)]) for r, c in enumerate(removed))

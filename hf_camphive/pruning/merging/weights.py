@@ -4,7 +4,7 @@ It stands here so that the paper can be compared with what cuts channels. Reads 
 zeros through training is the one side effect.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +48,3 @@ def zero_share(net: nn.Module, names: Iterable[str]) -> float:
     """Share of these weights that is exactly zero."""
     tensors = [net.get_parameter(name) for name in names]
     return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
-
-
-def keep_zeros(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Whatever is zero now in parameters of two or more axes is +0.0 after every step, momentum and decay or not."""
-    zeros: Mapping[nn.Parameter, Tensor] = {p: p.detach() == 0 for p in parameters if p.ndim > 1}
-
-    @torch.no_grad()
-    def refill(*_: object) -> None:
-        for parameter, zero in zeros.items():
-            parameter.masked_fill_(zero, 0)
-
-    optimizer.register_step_post_hook(refill)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
-from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan, format_cost
-from hf_camphive.pruning.planning.greedy import Budgeted, Costs, how_to_reach_lower, smallest
+from hf_camphive.core.measures import format_cost
+from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan
+from hf_camphive.pruning.planning.costs import Budgeted, Costs
+from hf_camphive.pruning.planning.greedy import how_to_reach_lower, smallest
 
 
 def absolute(budgets: Costs, dense: Costs) -> dict[str, float]:

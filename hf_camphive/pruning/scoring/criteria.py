@@ -30,7 +30,8 @@ from hf_camphive.pruning.scoring.merge_loss import (
     merge_moves,
     mergeable,
 )
-from hf_camphive.pruning.scoring.weight_space import channel_costs, hap, hive_paper, sosp_h, sosp_i
+from hf_camphive.pruning.scoring.sosp import channel_costs, sosp_h, sosp_i
+from hf_camphive.pruning.scoring.weight_space import hap, hive_paper
 
 logger = logging.getLogger(__name__)
 SCORE_TEMPERATURE = 4.0

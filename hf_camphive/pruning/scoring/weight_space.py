@@ -5,8 +5,7 @@ those that write it, depthwise kernels included; HAP's and CAMP-HiVe's scores lo
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from math import inf
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from torch import Tensor
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature.eigensolvers import Product, power_iteration
 from hf_camphive.curvature.estimators import hutchinson
-from hf_camphive.curvature.operators import gate_curvature, weight_curvature
-from hf_camphive.network.graph.blocks import exterior_groups
+from hf_camphive.curvature.operators import weight_curvature
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.scoring.context import Evidence, Scores
 
@@ -52,70 +50,6 @@ def hap(evidence: Evidence) -> Scores:
     norms = _over_filters(evidence.trace, {name: weight.square() for name, weight in weights.items()})
     sizes = _over_filters(evidence.trace, {name: torch.ones_like(weight) for name, weight in weights.items()})
     return {name: trace / (2 * sizes[name]) * norms[name] for name, trace in traces.items()}
-
-
-def sosp_h(evidence: Evidence) -> Scores:
-    """|g_c| + 1/2 |(A 1)_c|: g the mean gate gradient, A the gate Hessian, one product in all (SOSP, arXiv:2110.11395).
-
-    In the paper's words |theta_s . dL| + 1/2 |theta_s^T H sum_s' theta_s'|, with theta_s the weights of structure s;
-    here those that read the channel, so that coupled channels are one structure. H is the matrix that `curvature` names.
-    """
-    gates = evidence.gates
-    gradient = torch.zeros(gates.size, dtype=torch.float64)
-    for gradients in evidence.label_gradients("Score (sosp-h), gradient"):
-        gradient += gradients.sum(0).cpu()
-    gradient = evidence.reduce(gradient) / evidence.total
-    batches = list(zip(evidence.images, evidence.labels))
-    options = {"total": evidence.total, "reduce": evidence.reduce, "progress": evidence.progress}
-    matrix = gate_curvature(evidence.trace, evidence.state, gates, batches, evidence.config.curvature, **options)
-    curved = matrix(torch.ones(gates.size, dtype=torch.float64))
-    return gates.split(gradient.abs() + 0.5 * curved.abs())
-
-
-def sosp_i(evidence: Evidence) -> Scores:
-    """The greedy marginals of lambda(M) = sum_{s in M} |g_s| + 1/2 sum_{s, s' in M} |G_ss'| (SOSP, arXiv:2110.11395).
-
-    g is the mean gate gradient at the true labels, G the Gauss-Newton gate matrix [S, S] with all terms between layers.
-    A channel's score is what its removal adds to lambda after all that the greedy choice removes before it
-    (`greedy_marginals`), so that the order of the scores is the greedy order. With `threshold="adaptive"` the choice is
-    by marginal per MAC, as the plan's is, else by the marginal itself, as in the paper.
-
-    Deviation: G is mean_n g_n g_n^T with one random g_n an image (`Evidence.model_gradients`), which is G in expectation.
-    """
-    gates = evidence.gates
-    gradient = torch.zeros(gates.size, dtype=torch.float64)
-    for gradients in evidence.label_gradients("Score (sosp-i), gradient"):
-        gradient += gradients.sum(0).cpu()
-    rows = torch.zeros(evidence.total, gates.size)
-    for gradients, numbers in zip(evidence.model_gradients("Score (sosp-i), matrix"), evidence.indices):
-        rows[numbers.cpu()] = gradients.float().cpu()
-    gradient, rows = evidence.reduce(gradient) / evidence.total, evidence.reduce(rows) / evidence.total**0.5
-
-    def row(s: int) -> Tensor:
-        return (rows[:, s] @ rows).abs()
-
-    costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.zeros(gates.size, dtype=torch.bool)
-    for name, cost in channel_costs(evidence).items():
-        costs[gates.slices[name]], candidates[gates.slices[name]] = cost, True
-    alone = gradient.abs() + 0.5 * rows.double().square().sum(0)
-    return gates.split(greedy_marginals(alone, row, costs, candidates))
-
-
-def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor, candidates: Tensor) -> Tensor:
-    """What each structure adds to sum_{s in M} first_s + 1/2 sum_{s, s' in M} G_ss' when greedily it joins M, [S].
-
-    alone_s = first_s + 1/2 G_ss, and row(s) is row s of G. Next to join is the least marginal per cost,
-    alone_s + sum_{s' in M} G_ss' over costs_s, among the candidates (others never join, and have the marginal of the first
-    to join). With entries that are not negative, marginals per cost never fall along the way: sorting them gives the order
-    back. G is never held as a whole: it would take S^2 numbers.
-    """
-    marginals = alone.clone()
-    waiting = candidates.clone()
-    for _ in range(int(candidates.sum())):
-        chosen = int((marginals / costs).masked_fill(~waiting, inf).argmin())
-        waiting[chosen] = False
-        marginals += row(chosen).to(marginals) * waiting
-    return marginals
 
 
 # Weight space
@@ -174,25 +108,3 @@ def _over_filters(trace: Trace, values: Mapping[str, Tensor]) -> Scores:
 
 def _free(trace: Trace) -> list[ChannelGroup]:
     return [group for group in trace.groups if not group.frozen]
-
-
-def channel_costs(evidence: Evidence) -> dict[str, float]:
-    """What a channel of each group in the run's scope costs a greedy choice: its MACs at full width, or 1 with thresholds."""
-    exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
-    adaptive = evidence.config.threshold == "adaptive"
-    return {
-        group.name: max(1, _macs_of_a_channel(evidence, group)) if adaptive else 1
-        for group in _free(evidence.trace)
-        if group.name not in exterior
-    }
-
-
-def _macs_of_a_channel(evidence: Evidence, group: ChannelGroup) -> int:
-    """MACs per image that removing one channel of the group saves at full width."""
-    saved = 0
-    for slot in group.slots:
-        if slot.tensor in evidence.trace.positions:
-            shape = evidence.state[slot.tensor].shape
-            elements = shape.numel() // shape[slot.axis] * (len(slot.index) // group.size)
-            saved += evidence.trace.positions[slot.tensor] * elements
-    return saved

@@ -17,7 +17,7 @@ from hf_camphive.network.graph.blocks import operations_inside
 from hf_camphive.network.graph.program import Graph, operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.folding import foldable, shortcut_hosts
-from hf_camphive.pruning.planning.greedy import Width, axis_widths
+from hf_camphive.pruning.planning.costs import Width, axis_widths
 
 _FREE = ("dropout", "feature_dropout", "detach", "alias", "to", "_to_copy", "contiguous", "lift_fresh_copy")
 Dim = int | Width

@@ -26,7 +26,7 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.modeling.modeling_camphive import Shortcut, resize, widths_of
 from hf_camphive.network.surgery.folding import fold
-from hf_camphive.pruning.planning.greedy import Part, axis_widths, stream_width
+from hf_camphive.pruning.planning.costs import Part, axis_widths, stream_width
 from hf_camphive.pruning.planning.latency.operations import Operation, network_operations
 from hf_camphive.pruning.planning.latency.timing import LatencyTable, Prepare
 

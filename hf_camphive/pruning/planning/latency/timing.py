@@ -14,7 +14,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
-from hf_camphive.hub.report import environment
+from hf_camphive.core.runtime import environment
 
 logger = logging.getLogger(__name__)
 SCHEMA = 3

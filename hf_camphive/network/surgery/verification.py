@@ -1,0 +1,128 @@
+"""Experiments that prove, group by group, that the traced coupling is right before anything is cut."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot
+from hf_camphive.core.runtime import is_out_of_memory
+from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.surgery.cutting import State, apply_plan, mask_slot
+
+
+def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Trace:
+    """Guard every group by two experiments; a group that fails one is frozen with the reason.
+
+    Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's wherever it is read, and
+    r is filled with nonsense: the output must not move. (Where norms take their statistics over channels, r is masked
+    instead of merged.) One pass each in float64 on randomised BatchNorm and biases for all groups at once; only on failure is
+    each group tried alone. Then random channels of all groups, and of some, are cut at once: the network's own code must go along.
+    """
+    free = [group for group in trace.groups if not group.frozen and group.size > 1]
+    state = _randomised(net, generator)
+    image = torch.randn(1, *trace.input_size, generator=generator, dtype=torch.float64)
+    image = image.to(next(net.parameters()).device)
+    if not _merge_is_lossless(trace, free, state, image, generator):
+        bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
+        trace = _frozen(
+            trace, dict.fromkeys(bad, "merging two equal channels moved the output: its coupling is not understood")
+        )
+    free = [group for group in trace.groups if not group.frozen and group.size > 1]
+    faults: dict[str, str] = {}
+    _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in free}, faults)
+    free = [group for group in free if group.name not in faults]  # now some are cut and others are not
+    some = [group for group in free if torch.rand((), generator=generator) < 0.5]
+    _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in some}, faults)
+    return _frozen(trace, faults)
+
+
+def _frozen(trace: Trace, reasons: Mapping[str, str]) -> Trace:
+    groups = (replace(g, frozen=reasons[g.name]) if g.name in reasons else g for g in trace.groups)
+    return replace(trace, groups=tuple(groups))
+
+
+def _some_channels(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
+    count = int(torch.randint(1, group.size, (1,), generator=generator))
+    return tuple(sorted(torch.randperm(group.size, generator=generator)[:count].tolist()))
+
+
+Keep = dict[str, tuple[int, ...]]
+
+
+def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict[str, str]) -> Keep:
+    """Those of the cuts `more` that the network's own code goes along with beside the cuts `base`; notes why others not."""
+    if not more:
+        return {}
+    cuts = tuple(ChannelCut(name, keep) for name, keep in (base | more).items())
+    try:
+        apply_plan(net, PrunePlan(trace.groups, (), cuts, (), "random", "none", 2, 1), trace)
+        return more
+    except Exception as error:  # the network's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        if len(more) == 1:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            faults[next(iter(more))] = (
+                f"the network does not run, or computes something else, once it is cut: {reason}"
+            )
+            return {}
+    names = list(more)
+    half = len(names) // 2
+    first = _cuttable(net, trace, base, {name: more[name] for name in names[:half]}, faults)
+    second = _cuttable(net, trace, base | first, {name: more[name] for name in names[half:]}, faults)
+    return first | second
+
+
+def _randomised(net: nn.Module, generator: torch.Generator) -> State:
+    """A float64 state in which every vector differs from zero, so that no path is silent (zero-initialised norms)."""
+    state = {}
+    for name, tensor in named_tensors(net).items():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        state[name] = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return state
+
+
+def _merge_is_lossless(
+    trace: Trace, groups: list[ChannelGroup], state: State, image: Tensor, generator: torch.Generator
+) -> bool:
+    state = dict(state)
+    pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
+    linear = [group for group in groups if all(slot.role != "statistics" for slot in group.slots)]
+    for slot, kept, removed in _pair_slots(linear, pairs, image.device, "producer", "affine"):
+        tensor = state[slot.tensor].clone()
+        tensor.index_copy_(slot.axis, removed, tensor.index_select(slot.axis, kept))
+        state[slot.tensor] = tensor
+    for group in groups:
+        for slot in group.slots if group not in linear else ():
+            mask_slot(state, slot, slot.positions([pairs[group.name][1]], group.size))
+    with torch.no_grad():
+        (before,) = trace.graph.run(state, image)
+        for slot, kept, removed in _pair_slots(linear, pairs, image.device, "consumer"):
+            tensor = state[slot.tensor].clone()
+            tensor.index_add_(slot.axis, kept, tensor.index_select(slot.axis, removed))
+            tensor.index_fill_(slot.axis, removed, 0)
+            state[slot.tensor] = tensor
+        for slot, _, removed in _pair_slots(groups, pairs, image.device, "producer", "affine"):
+            tensor = state[slot.tensor].clone()
+            tensor.index_fill_(slot.axis, removed, 7.0)
+            state[slot.tensor] = tensor
+        (after,) = trace.graph.run(state, image)
+    return bool((after - before).abs().max() <= 1e-8 * before.abs().max().clamp_min(1e-300))
+
+
+def _pair_slots(
+    groups: list[ChannelGroup], pairs: Mapping[str, list[int]], device: torch.device, *roles: str
+) -> Iterable[tuple[Slot, Tensor, Tensor]]:
+    for group in groups:
+        kept, removed = pairs[group.name]
+        for slot in group.slots:
+            if slot.role in roles:
+                yield (
+                    slot,
+                    torch.tensor(slot.positions([kept], group.size), device=device),
+                    torch.tensor(slot.positions([removed], group.size), device=device),
+                )

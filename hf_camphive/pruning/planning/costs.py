@@ -1,0 +1,121 @@
+"""What a network costs at given channel counts, as a sum of terms; each depends on the few widths around it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.plan import Branch, ChannelGroup
+from hf_camphive.pruning.planning.limits import floors
+
+Costs = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of channels: `fixed` + sum over `groups` of (channels kept) * (positions per channel)."""
+
+    fixed: int
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def at(self, kept: Mapping[str, int]) -> int:
+        """This width where `kept` channels of each group are left."""
+        return self.fixed + sum(kept[group] * repeat for group, repeat in self.groups)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight or an operation, and what it costs at given widths.
+
+    It is gone once the residual branch that holds it is dropped; with `replaces`, it is there only then.
+    """
+
+    widths: tuple[Width, ...]
+    cost: Callable[..., float]
+    branch: str | None = None
+    replaces: bool = False
+
+    def at(self, kept: Mapping[str, int], dropped: Iterable[str]) -> float:
+        """The cost where `kept` channels of each group are left and the branches `dropped` are gone."""
+        if self.branch is not None and (self.branch in dropped) != self.replaces:
+            return 0
+        return self.cost(*(width.at(kept) for width in self.widths))
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its costs.
+
+    MACs per image = sum over weights of positions[weight] * product of shapes[weight]; `parameters` names what counts as
+    a parameter, `operations` are the parts of its latency. `dense_sizes` are the groups' widths before the first cycle,
+    where they differ from today's.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    branches: tuple[Branch, ...]
+    exterior: frozenset[str]
+    positions: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str] = frozenset()
+    operations: tuple[Part, ...] = ()
+    dense_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> int:
+        return sum(count * prod(self.shapes[name]) for name, count in self.positions.items())
+
+    def floors(self, config: CampHiVeConfig) -> dict[str, int]:
+        """Fewest channels of each group that may change (`limits.floors`)."""
+        return floors(self.groups, self.branches, self.exterior, self.dense_sizes, config)
+
+    def costs(self) -> dict[str, float]:
+        """What the network costs now, of all that is known: "macs", "params", "latency"."""
+        kept = {group.name: group.size for group in self.groups}
+        found = {cost: sum(part.at(kept, ()) for part in self.parts(cost)) for cost in ("macs", "params", "latency")}
+        return {cost: value for cost, value in found.items() if value}
+
+    def parts(self, cost: str) -> tuple[Part, ...]:
+        """The parts that a cost is the sum of."""
+        if cost == "latency":
+            return self.operations
+        if cost == "macs":
+            return tuple(self._weights(self.positions))
+        return tuple(self._weights(dict.fromkeys(self.parameters, 1))) + tuple(self._constants())
+
+    def _weights(self, counts: Mapping[str, int]) -> Iterator[Part]:
+        widths = axis_widths(self.groups, self.shapes)
+        branch = {tensor: branch.module for branch in self.branches for tensor in branch.tensors}
+        for name, count in counts.items():
+            axes = tuple(widths.get((name, axis), Width(size)) for axis, size in enumerate(self.shapes[name]))
+            yield Part(axes, lambda *sizes, count=count: count * prod(sizes), branch.get(name))
+
+    def _constants(self) -> Iterator[Part]:
+        """The constant [C] that a dropped branch leaves on the residual stream is a parameter too."""
+        widths = axis_widths(self.groups, self.shapes)
+        for branch in self.branches:
+            streams = (stream_width(branch, widths),)
+            yield Part(streams, lambda *sizes: sum(sizes), branch.module, replaces=True)
+
+
+def stream_width(branch: Branch, widths: Mapping[tuple[str, int], Width]) -> Width:
+    """Channels of the residual stream that a branch adds to, from those of the branch's own last tensors; none if unknown."""
+    inner = set(branch.groups)
+    for tensor in branch.tensors:
+        width = widths.get((tensor, 0))
+        if width is not None and inner.isdisjoint(group for group, _ in width.groups):
+            return width
+    return Width(0)
+
+
+def axis_widths(groups: Iterable[ChannelGroup], shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Width]:
+    """The width of every tensor axis that carries channels, by (tensor, axis)."""
+    carried: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    fixed = {}
+    for group in groups:
+        for slot in group.slots:
+            axis, repeat = (slot.tensor, slot.axis), len(slot.index) // group.size
+            if slot.tensor in shapes:
+                carried[axis][group.name] = carried[axis].get(group.name, 0) + repeat
+                fixed[axis] = fixed.get(axis, shapes[slot.tensor][slot.axis]) - len(slot.index)
+    return {axis: Width(fixed[axis], tuple(found.items())) for axis, found in carried.items()}
