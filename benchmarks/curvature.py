@@ -39,7 +39,7 @@ from hf_camphive.core.runtime import environment, keep_freed_memory
 from hf_camphive.curvature.eigensolvers import lanczos, power_iteration
 from hf_camphive.curvature.operators import Curvature
 from hf_camphive.hub.plots import BLUE, DPI, GREY, INK, ORANGE
-from hf_camphive.pruning.scoring.criteria import CRITERIA, Evidence
+from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
 from hf_camphive.training.data.calibration import Calibration
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -274,7 +274,7 @@ def hive(case: Case, **options) -> dict[str, Tensor]:
     rows = [{"pixel_values": case.images, "labels": case.labels}]
     calibration = Calibration.collect(rows, case.images.device)
     config = CampHiVeConfig(criterion="hive", curvature_images=len(case.images), **options)
-    return CRITERIA["hive"](Evidence(case.trace, case.state, **vars(calibration), config=config))
+    return CRITERIA["hive"](ScoringContext(case.trace, case.state, **vars(calibration), config=config))
 
 
 def block(options: Options) -> dict:

@@ -30,7 +30,7 @@ from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.core.runtime import environment
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import droppable_branches
-from hf_camphive.network.graph.program import GONE, named_tensors
+from hf_camphive.network.graph.program import REMOVED_SUFFIX, named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
 from hf_camphive.network.surgery.cutting import apply_plan, mask_state
@@ -205,7 +205,7 @@ def masked_like(dense: dict[str, Tensor], small: dict[str, Tensor], trace: Trace
     masked = dict(dense)
     for group in trace.groups:
         for slot in group.slots:
-            source = slot.tensor.removesuffix(GONE)
+            source = slot.tensor.removesuffix(REMOVED_SUFFIX)
             axis = min(dense[source].dim() - 1, 1) if source != slot.tensor else slot.axis
             if slot.role not in ("consumer", "statistics") or dense[source].shape == small[source].shape:
                 continue

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hf_camphive.core.errors import CurvatureError
 
 Product = Callable[[Tensor], Tensor]
-State = dict[str, Tensor]  # where an iteration stands, as tensors that safetensors can hold
+SolverState = dict[str, Tensor]  # where an iteration stands, as tensors that safetensors can hold
 LARGEST_DENSE = 8192  # rows: 0.5 GiB in float64, and minutes for its eigenvalues
 _ASYMMETRY = 0.1  # far above the rounding of half precision, far below what dropout does
 
@@ -76,8 +76,8 @@ def power_iteration(
     oversample: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    start: State | None = None,
-    keep: Callable[[State], None] | None = None,
+    start: SolverState | None = None,
+    keep: Callable[[SolverState], None] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     """Top k eigenpairs by block power iteration with Rayleigh-Ritz: V <- eigenvectors of A in span(A V).
@@ -127,8 +127,8 @@ def lanczos(
     block: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    start: State | None = None,
-    keep: Callable[[State], None] | None = None,
+    start: SolverState | None = None,
+    keep: Callable[[SolverState], None] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     """Top k eigenpairs by block Lanczos with full reorthogonalisation, in blocks of k vectors unless `block` says otherwise.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from hf_camphive.curvature.gate_autograd import _Affine, _Gate
-from hf_camphive.network.graph.program import Graph, compute, operation, weight_of
+from hf_camphive.network.graph.program import TracedProgram, compute, operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 
 
@@ -87,7 +87,7 @@ class GatedRun:
     m: Tensor
     logits: Tensor
     _gates: GateSpace
-    _graph: Graph
+    _graph: TracedProgram
     _values: Mapping[fx.Node, object]
     _maps: Mapping[fx.Node, "AffineMap"]
 
@@ -160,7 +160,7 @@ def gate_gradients(
     return run.transposed(cotangent(run.logits.detach()))
 
 
-def _gate_index(graph: Graph, gates: GateSpace, node: fx.Node) -> Tensor | None:
+def _gate_index(graph: TracedProgram, gates: GateSpace, node: fx.Node) -> Tensor | None:
     """Gates of what a layer reads, [C_in]; None for an operation that is no layer or reads no gated channel."""
     return gates.inputs.get(graph.tensors.get(weight_of(node)))
 
@@ -199,7 +199,7 @@ class AffineMap:
         return AffineMap(self.weight * gain.view(-1, 1, 1, 1), bias, self.geometry)
 
 
-class _Same:
+class _FoldedNorm:
     """What is left of a norm that was folded into the convolution before it."""
 
     @staticmethod
@@ -209,14 +209,14 @@ class _Same:
     __call__ = staticmethod(linear)
 
 
-def _affine_maps(graph: Graph, state: Mapping[str, Tensor]) -> dict[fx.Node, AffineMap | _Same]:
+def _affine_maps(graph: TracedProgram, state: Mapping[str, Tensor]) -> dict[fx.Node, AffineMap | _FoldedNorm]:
     """Convolutions with the norm that alone reads them folded in, and those norms as the identity.
 
     Gates multiply what a convolution reads, so folding leaves the function of the gates as it is and saves each pass the
     norms. Autograd is told the linear part and its adjoint: it would spend further passes on weights that stay put.
     """
     users = Counter(used for node in graph.operations for used in node.all_input_nodes)
-    maps: dict[fx.Node, AffineMap | _Same] = {}
+    maps: dict[fx.Node, AffineMap | _FoldedNorm] = {}
     for node in graph.operations:
         if operation(node) == "conv2d" and not isinstance(_argument(node, 4, 0), str):
             weight, bias = (_tensor(graph, state, _argument(node, i)) for i in (1, 2))
@@ -227,11 +227,11 @@ def _affine_maps(graph: Graph, state: Mapping[str, Tensor]) -> dict[fx.Node, Aff
             gain, shift, mean, variance = (_tensor(graph, state, _argument(node, i)) for i in (1, 2, 3, 4))
             if users[node.args[0]] == 1 and None not in (gain, shift, mean, variance):
                 gain = gain * torch.rsqrt(variance + node.args[7])
-                maps[node.args[0]], maps[node] = before.then(gain, shift - gain * mean), _Same()
+                maps[node.args[0]], maps[node] = before.then(gain, shift - gain * mean), _FoldedNorm()
     return maps
 
 
-def _tensor(graph: Graph, state: Mapping[str, Tensor], node: object) -> Tensor | None:
+def _tensor(graph: TracedProgram, state: Mapping[str, Tensor], node: object) -> Tensor | None:
     """The weight or buffer that an argument names; None for any other argument."""
     return state[graph.tensors[node]] if isinstance(node, fx.Node) and node in graph.tensors else None
 

@@ -17,7 +17,7 @@ from hf_camphive.network.surgery.widening import Expansion
 TEMPLATE = Path(__file__).with_name("card_template.md")
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # stands for the repo until the folder is pushed
 BATCH_SIZES = (1, 32)
-MOST_BOTTLENECKS = 5
+MAX_BOTTLENECKS = 5
 PAPER = "[CAMP-HiVe](https://arxiv.org/abs/2511.06265)"
 _CAPTIONS = {  # in the order of the card
     "summary.png": "Accuracy and cost of each stage, relative to the dense network",
@@ -317,8 +317,8 @@ def _steps(report: PruneReport) -> str:
 
 
 def _bottlenecks(rows: Sequence[GroupRatio]) -> str:
-    shown = ", ".join(f"`{row.group}` ({100 * row.ratio:.0f} %)" for row in rows[:MOST_BOTTLENECKS])
-    more = f" and {len(rows) - MOST_BOTTLENECKS} more" if len(rows) > MOST_BOTTLENECKS else ""
+    shown = ", ".join(f"`{row.group}` ({100 * row.ratio:.0f} %)" for row in rows[:MAX_BOTTLENECKS])
+    more = f" and {len(rows) - MAX_BOTTLENECKS} more" if len(rows) > MAX_BOTTLENECKS else ""
     return (
         f"Bottlenecks, which lost less than half the share of channels that all groups lost together: {shown}{more}. "
         "`camphive expand --from` this folder widens them."

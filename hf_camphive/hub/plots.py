@@ -25,8 +25,8 @@ STAGE_COLOURS = {"dense": GREY, "pruned": ORANGE, "polished": GREEN, "finetuned"
 DROPPED = {"facecolor": "white", "edgecolor": VERMILION, "hatch": "/////", "linewidth": 0}
 WIDTH = 8.0  # inches; at 150 dots per inch a README shows it at two thirds, sharp on fine screens
 DPI = 150
-MOST_CURVES = 60
-LONGEST_NAME = 34
+MAX_CURVES = 60
+MAX_NAME_LENGTH = 34
 _Cost = tuple[str, float, float, Callable[[float], str]]
 
 
@@ -178,7 +178,7 @@ def _draw_costs(axes: Axes, costs: Sequence[_Cost], stage: str) -> None:
 def draw_scores(scores: Mapping[str, Sequence[float]], criterion: str) -> Figure:
     """Every group's scores in ascending order, on a logarithmic axis; the colour says how deep the group lies."""
     names = list(scores)
-    chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(MOST_CURVES, len(names)))})
+    chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(MAX_CURVES, len(names)))})
     figure, axes = new_axes(4.4)
     # The palest end of the map would vanish on white.
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(names)))
@@ -267,5 +267,5 @@ def without_frame(axes: Axes) -> None:
 
 
 def _shortened(name: str) -> str:
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    half = MAX_NAME_LENGTH // 2
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_camphive.core.measures import Footprint, Latency
 
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -56,8 +56,8 @@ def measure_latency(
         images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
         images = images.contiguous(memory_format=torch.channels_last)
         inputs = {name: _like_parameters(images, net) for name, net in timed.items()}
-        _time_rounds(timed, inputs, LEAST_ROUNDS, seconds / 5, least=1)
-        for name, times in _time_rounds(timed, inputs, runs, seconds, least=LEAST_ROUNDS).items():
+        _time_rounds(timed, inputs, MIN_ROUNDS, seconds / 5, least=1)
+        for name, times in _time_rounds(timed, inputs, runs, seconds, least=MIN_ROUNDS).items():
             low, median, high = np.percentile(times, (10, 50, 90))
             results[name][batch] = Latency(float(median), float(low), float(high), len(times))
     return results

@@ -25,9 +25,9 @@ from hf_camphive.training.precision import Precision, at_least_fp32, autocast, c
 LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
 BETAS = (0.9, 0.99)
 WARMUP = 0.1  # share of the steps
-MOST_IMAGES, MOST_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
-LINE = (1.0, 0.5, 0.25)  # shares of the way from start to end that are looked at
-STATISTICS_LINE = (1.0, 0.5)  # shares of the way to recalibrated statistics that are
+MAX_IMAGES, MAX_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
+LINE_SHARES = (1.0, 0.5, 0.25)  # shares of the way from start to end that are looked at
+STATISTICS_SHARES = (1.0, 0.5)  # shares of the way to recalibrated statistics that are
 TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
 SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
@@ -91,7 +91,7 @@ def polish(
     if not (steps and calibration.total and held_out.total):
         return Polished()
     with _evaluating(dense, gradients=False), _evaluating(net, gradients=True):
-        descent = _Descent(net, dense, calibration, held_out, seed, precision, reduce)
+        descent = _PolishRun(net, dense, calibration, held_out, seed, precision, reduce)
         statistics = descent.restore(recalibrated) if recalibrated else 0.0
         for learning_rate in LEARNING_RATES:
             if share := descent.run(learning_rate, steps, progress):
@@ -99,7 +99,7 @@ def polish(
     return Polished(statistics)
 
 
-class _Descent:
+class _PolishRun:
     """What the attempts at polishing share: where they begin, their images, and how far the start is from the goal."""
 
     def __init__(
@@ -125,7 +125,7 @@ class _Descent:
         start, end = _statistics(self.net), _statistics(recalibrated)
         if not start:
             return 0.0
-        return self._best_of(STATISTICS_LINE, lambda share: _set_statistics(self.net, start, end, share))
+        return self._best_of(STATISTICS_SHARES, lambda share: _set_statistics(self.net, start, end, share))
 
     def run(self, learning_rate: float, steps: int, progress: bool) -> float:
         """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
@@ -141,7 +141,7 @@ class _Descent:
             self._add_gradients(next(views))
             optimizer.step()
         end = [parameter.detach().clone() for parameter in self.parameters]
-        return self._best_of(LINE, lambda share: self._go_to(share, end))
+        return self._best_of(LINE_SHARES, lambda share: self._go_to(share, end))
 
     def _best_of(self, line: Sequence[float], go_to: Callable[[float], None]) -> float:
         """Go to the point of a line that the held out images like best, its start 0 included."""
@@ -233,7 +233,7 @@ def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
     A step that takes the last images of one round takes others from the next, so that it shows none twice.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = min(total, MOST_IMAGES, max(1, MOST_PIXELS // (size[0] * size[1])))
+    count = min(total, MAX_IMAGES, max(1, MAX_PIXELS // (size[0] * size[1])))
     most = torch.tensor(size) // SHIFT
     left = torch.empty(0, dtype=torch.long)
     while True:

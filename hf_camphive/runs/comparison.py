@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"
 GRID = ("criterion", "merge", "target_macs", "cycles", "calibration_size", "seed")
 """Fields of the config that the cells of a grid decide; all others are settings that the whole comparison shares."""
-HELD_BYTES = 2**30  # test images are decoded once where they take no more memory than this
+MAX_BYTES_IN_MEMORY = 2**30  # test images are decoded once where they take no more memory than this
 
 
 @dataclass(frozen=True)
@@ -334,14 +334,14 @@ class _Images:
 
 
 def _in_memory(loader: DataLoader) -> DataLoader:
-    """The loader with its rows decoded once and for all, where they fit into `HELD_BYTES`; else as it is."""
+    """The loader with its rows decoded once and for all, where they fit into `MAX_BYTES_IN_MEMORY`; else as it is."""
     rows: list[dict[str, Any]] = []
     for batch in loader:
         rows += [
             {"pixel_values": image, "labels": int(label)}
             for image, label in zip(batch["pixel_values"], batch["labels"])
         ]
-        if len(rows) * rows[0]["pixel_values"].nbytes > HELD_BYTES:
+        if len(rows) * rows[0]["pixel_values"].nbytes > MAX_BYTES_IN_MEMORY:
             return loader
     return DataLoader(rows, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
 

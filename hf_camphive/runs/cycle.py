@@ -29,13 +29,13 @@ from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
 from hf_camphive.pruning.merging.weights import zero_share, zero_weights
 from hf_camphive.pruning.planning.budgets import dense_sizes, is_finished, next_targets
-from hf_camphive.pruning.planning.costs import Budgeted, Part
+from hf_camphive.pruning.planning.costs import CostModel, CostTerm
 from hf_camphive.pruning.planning.greedy import make_plan
 from hf_camphive.pruning.planning.implants import with_implants
 from hf_camphive.pruning.planning.latency.prediction import latency_parts
 from hf_camphive.pruning.planning.latency.timing import LatencyTable
 from hf_camphive.pruning.polish import Polished, polish
-from hf_camphive.pruning.scoring.context import Evidence, Memory, Scores
+from hf_camphive.pruning.scoring.context import Scores, ScoringContext, SolverCheckpoint
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.pruning.scoring.depth_weighting import best_early_weight, weighed
 from hf_camphive.training.data.calibration import Calibration
@@ -43,8 +43,8 @@ from hf_camphive.training.evaluation import recalibrate_batchnorm
 from hf_camphive.training.precision import polish_precision
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 8  # one calibration image in so many judges trials and the polishing
-TRIED, LEAST_JUDGES = 4, 16  # of the others one in so many is fitted in trials; fewer judges are left to luck
+HOLDOUT_STRIDE = 8  # one calibration image in so many judges trials and the polishing
+TRIAL_STRIDE, MIN_HOLDOUT = 4, 16  # of the others one in so many is fitted in trials; fewer judges are left to luck
 _IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -97,7 +97,7 @@ class PruningSteps:
         return is_finished(self.plans, self.config)
 
     def plan(
-        self, calibration: Batches | Calibration, memory: Memory | None = None, scores: Scores | None = None
+        self, calibration: Batches | Calibration, memory: SolverCheckpoint | None = None, scores: Scores | None = None
     ) -> PrunePlan:
         """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
 
@@ -121,7 +121,7 @@ class PruningSteps:
             self.scores = (
                 scores
                 if scores is not None
-                else CRITERIA[self.config.scored_by](self._evidence(trace, calibration, memory))
+                else CRITERIA[self.config.scored_by](self._context(trace, calibration, memory))
             )
         with self._timed("plan"):
             early_weight = self._early_weight(network, targets, trace, calibration)
@@ -177,7 +177,7 @@ class PruningSteps:
 
         The images that judge are those that `apply` held out of the merge.
         """
-        fitted, held_out = self._collected(calibration).split(HELD_OUT)
+        fitted, held_out = self._collected(calibration).split(HOLDOUT_STRIDE)
         steps = self.config.label_free_steps
         with self._timed("polish"):
             polished = polish(
@@ -205,7 +205,7 @@ class PruningSteps:
 
     def _fitted(self, calibration: Calibration) -> Calibration:
         """What a merge may fit: all but the images that judge the polishing, where there is one."""
-        return calibration.split(HELD_OUT)[0] if self.config.label_free_steps else calibration
+        return calibration.split(HOLDOUT_STRIDE)[0] if self.config.label_free_steps else calibration
 
     @property
     def _progress(self) -> bool:
@@ -236,8 +236,10 @@ class PruningSteps:
             self._traced = (self.net, trace)
         return self._traced[1]
 
-    def _evidence(self, trace: Trace, calibration: Calibration, memory: Memory | None = None) -> Evidence:
-        return Evidence(
+    def _context(
+        self, trace: Trace, calibration: Calibration, memory: SolverCheckpoint | None = None
+    ) -> ScoringContext:
+        return ScoringContext(
             trace,
             named_tensors(self.net),
             calibration.images,
@@ -254,7 +256,7 @@ class PruningSteps:
         """A copy of the network with its less significant weights merged and zeroed, and a note of how many are."""
         net = copy.deepcopy(self.net)
         with self._timed("score and merge"), torch.no_grad():
-            for name, weight in zero_weights(self._evidence(trace, calibration)).items():
+            for name, weight in zero_weights(self._context(trace, calibration)).items():
                 net.get_parameter(name).copy_(weight)
         self.notes.append(
             f"{zero_share(net, trace.positions):.1%} of the weights of {len(trace.positions)} convolutions and linear "
@@ -263,9 +265,9 @@ class PruningSteps:
         logger.info(self.notes[-1])
         return net
 
-    def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> Budgeted:
+    def _budgeted(self, trace: Trace, state: Mapping[str, Tensor]) -> CostModel:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        network = Budgeted(
+        network = CostModel(
             trace.groups,
             droppable_branches(trace),
             exterior_groups(trace),
@@ -276,7 +278,7 @@ class PruningSteps:
         )
         return replace(network, operations=self._operations(network, trace)) if self.config.target_latency else network
 
-    def _operations(self, network: Budgeted, trace: Trace) -> tuple[Part, ...]:
+    def _operations(self, network: CostModel, trace: Trace) -> tuple[CostTerm, ...]:
         """What takes the network's time; measured by the main process, so that all plan by the same table."""
         table = self._table = self._table or LatencyTable(self.accelerator.device)
         arguments = (self.net, trace, network.branches, network.floors(self.config), table)
@@ -292,7 +294,7 @@ class PruningSteps:
                 table.ms = broadcast_object_list([table.ms])[0]
             return latency_parts(*arguments, **options, progress=self._progress)
 
-    def _planned(self, network: Budgeted, targets: dict[str, float], trace: Trace, early_weight: float) -> PrunePlan:
+    def _planned(self, network: CostModel, targets: dict[str, float], trace: Trace, early_weight: float) -> PrunePlan:
         scores = weighed(self.scores, trace.groups, early_weight)
 
         def plan_for(macs: float) -> PrunePlan:
@@ -307,17 +309,17 @@ class PruningSteps:
 
     @torch.no_grad()
     def _early_weight(
-        self, network: Budgeted, targets: dict[str, float], trace: Trace, calibration: Calibration
+        self, network: CostModel, targets: dict[str, float], trace: Trace, calibration: Calibration
     ) -> float:
         """What scores of the first group count next to the last's: as told, or as trials on some of the images say.
 
         A trial plans, merges and cuts a copy of the network. Images held out of it tell how far its logits are from the
         dense network's, as a mean of distances: a few images make up most of a divergence.
         """
-        if not self.config.tries_early_weights or calibration.total < HELD_OUT * LEAST_JUDGES:
+        if not self.config.tries_early_weights or calibration.total < HOLDOUT_STRIDE * MIN_HOLDOUT:
             return self.config.early_weight or 1.0
-        fitted, judges = calibration.split(HELD_OUT)
-        some = fitted.split(TRIED)[1]
+        fitted, judges = calibration.split(HOLDOUT_STRIDE)
+        some = fitted.split(TRIAL_STRIDE)[1]
         targeted = [self.dense(images) for images in judges.images]
 
         def loss(weight: float) -> float:
@@ -356,7 +358,7 @@ class PruningSteps:
 def _polish_note(polished: Polished, steps: int, judges: int) -> str:
     """What became of the polishing, in a sentence."""
     if not judges:
-        return f"Not polished: fewer than {HELD_OUT} calibration images leave none to judge by."
+        return f"Not polished: fewer than {HOLDOUT_STRIDE} calibration images leave none to judge by."
     moves = {
         "BatchNorm's statistics went {:.0%} of the way to those of the calibration images": polished.statistics,
         f"the weights went {{:.0%}} of the way of {steps} gradient steps towards the base's logits": polished.weights,

@@ -17,7 +17,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, ModelError
 from hf_camphive.core.measures import published
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.curvature.eigensolvers import State
+from hf_camphive.curvature.eigensolvers import SolverState
 from hf_camphive.hub import saving as hub
 from hf_camphive.hub.loading import BaseModel, load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
@@ -48,7 +48,7 @@ def training_folder(work_dir: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class IterationMemory:
+class IterationCheckpoint:
     """Where an iteration for eigenvectors stands, for the network that `save_progress` kept last.
 
     All processes read it, and the one with `writes` set writes it.
@@ -57,7 +57,7 @@ class IterationMemory:
     work_dir: Path
     writes: bool = True
 
-    def load(self) -> State | None:
+    def load(self) -> SolverState | None:
         """The last state, or None. Raises `ConfigError` where the file is damaged."""
         path = self.work_dir / _ITERATION
         try:
@@ -67,7 +67,7 @@ class IterationMemory:
                 f"{path} cannot be read ({error}); remove it, and the iteration starts afresh"
             ) from error
 
-    def save(self, state: State) -> None:
+    def save(self, state: SolverState) -> None:
         """Replace the last state whole."""
         if self.writes:
             path = self.work_dir / _ITERATION

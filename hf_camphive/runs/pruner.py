@@ -29,7 +29,7 @@ from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.budgets import overall_budgets
 from hf_camphive.runs.cycle import Batches, PruningSteps
-from hf_camphive.runs.progress import IterationMemory, Progress, load_progress, save_progress, training_folder
+from hf_camphive.runs.progress import IterationCheckpoint, Progress, load_progress, save_progress, training_folder
 from hf_camphive.training.data.loaders import Loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.finetuning import finetune, train_head
@@ -68,7 +68,7 @@ class CampHiVePruner(PruningSteps):
             self._fit_head(loaders)
             self._evaluate("dense", self.net, loader, split)
             self._keep(work, loaders, command)
-        memory = IterationMemory(work, self.accelerator.is_main_process) if work else None
+        memory = IterationCheckpoint(work, self.accelerator.is_main_process) if work else None
         to_polish = bool(self.config.label_free_steps) and "polished" not in self.stages
         if len(self.plans) < self.config.cycles or to_polish:
             with self._timed("read calibration images"):

@@ -78,7 +78,7 @@ def finetune(
     Raises `TrainingError` on a loss or gradient that is not a number, before it reaches the weights; `ConfigError` on a
     checkpoint of another run.
     """
-    run = _Run(
+    run = _TrainingSpec(
         net=net,
         parameters=[p for p in net.parameters() if p.requires_grad],
         epochs=config.num_train_epochs,
@@ -106,7 +106,7 @@ def train_head(
     for p in net.parameters():
         p.requires_grad_(p in head)
     try:
-        run = _Run(
+        run = _TrainingSpec(
             net=net,
             parameters=[p for p in net.parameters() if p in head],
             epochs=config.head_epochs,
@@ -124,7 +124,7 @@ def train_head(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrainingSpec:
     """What is trained, and how; the parts in which finetuning and training a head differ."""
 
     net: nn.Module
@@ -140,7 +140,7 @@ class _Run:
 
 
 def _train(
-    run: _Run,
+    run: _TrainingSpec,
     loaders: TrainingLoaders,
     config: CampHiVeConfig,
     accelerator: Accelerator,
@@ -157,7 +157,7 @@ def _train(
     set_seed(config.seed, device_specific=True)
 
     with keeping_modes(run.net):
-        job = _Job(run, loaders, config, accelerator, precision)
+        job = _Trainer(run, loaders, config, accelerator, precision)
         try:
             if checkpoint is not None:
                 job.restore(store.load(checkpoint, job.fingerprint()))
@@ -172,12 +172,12 @@ def _train(
     return FinetuneLog(tuple(job.epochs), job.precision, job.steps)
 
 
-class _Job:
+class _Trainer:
     """A training run under way: what Accelerate prepared, and how far it has come."""
 
     def __init__(
         self,
-        run: _Run,
+        run: _TrainingSpec,
         loaders: TrainingLoaders,
         config: CampHiVeConfig,
         accelerator: Accelerator,

@@ -22,7 +22,7 @@ Precision = Literal["no", "bf16", "fp16"]
 PROBE_STEPS = 3
 PROBE_FEW_ROWS = 16
 PROBE_LONG_STEP = 0.5  # seconds; beyond it the probe makes do with few rows
-WORTHWHILE = 0.9  # bf16 must take less than this share of fp32's time: of two equals fp32 is the more exact
+MAX_SHARE_OF_FP32 = 0.9  # bf16 must take less than this share of fp32's time: of two equals fp32 is the more exact
 
 
 def choose_precision(net: nn.Module, batch: Batch, device: torch.device) -> tuple[Precision, dict[Precision, float]]:
@@ -45,7 +45,7 @@ def choose_precision(net: nn.Module, batch: Batch, device: torch.device) -> tupl
     if best["bf16"] < 4 * best["no"]:
         rounds = [[_step_seconds(probe, batch, precision) for precision in precisions] for _ in range(PROBE_STEPS)]
         best = {precision: min(times) for precision, times in zip(precisions, zip(*rounds))}
-    choice: Precision = "bf16" if best["bf16"] < WORTHWHILE * best["no"] else "no"
+    choice: Precision = "bf16" if best["bf16"] < MAX_SHARE_OF_FP32 * best["no"] else "no"
     logger.info(
         "A training step of %d images takes %s in fp32, %s in bf16; using %s",
         len(batch["labels"]),

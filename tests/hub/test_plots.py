@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_camphive.core.measures import Accuracy, Footprint, Latency
 from hf_camphive.hub.plots import (
-    MOST_CURVES,
+    MAX_CURVES,
     draw_finetune,
     draw_plots,
     draw_ratios,
@@ -157,7 +157,7 @@ def test_scores_are_sorted_and_zeros_are_told():
 def test_scores_of_many_groups_stay_few_curves():
     figure = draw_scores({str(i): [i + 1.0, i + 2.0] for i in range(200)}, "")
     lines = figure.axes[0].lines
-    assert len(lines) == MOST_CURVES and lines[0].get_ydata()[0] == 1 and lines[-1].get_ydata()[0] == 200
+    assert len(lines) == MAX_CURVES and lines[0].get_ydata()[0] == 1 and lines[-1].get_ydata()[0] == 200
     assert "60 of 200 groups" in texts(figure)[0]
 
 

@@ -27,7 +27,7 @@ from hf_camphive.network.surgery.cutting import apply_plan, mask_state
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct
 from hf_camphive.pruning.merging.rules import merge
-from hf_camphive.pruning.planning.costs import Budgeted
+from hf_camphive.pruning.planning.costs import CostModel
 from hf_camphive.pruning.planning.greedy import make_plan
 from hf_camphive.pruning.planning.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.runs.pruner import CampHiVePruner
@@ -49,7 +49,7 @@ def planned(net, trace, share: float, ratio: float, seed: int = 0) -> tuple[Prun
     """A plan by random scores over all groups, its scores and its budget."""
     generator = torch.Generator().manual_seed(seed)
     scores = {group.name: torch.rand(group.size, generator=generator) for group in trace.groups}
-    network = Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes(net))
+    network = CostModel(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes(net))
     target, config = int(share * network.macs), CampHiVeConfig(scope="all")
     plan_for = partial(make_plan, network, scores, config=config)
     plan = with_implants(lambda macs: plan_for(targets=macs), target, ratio, scores, trace, network.shapes)
@@ -248,7 +248,7 @@ def run(tmp_path_factory):
         return job, job.save_pretrained(tmp_path_factory.mktemp("implants") / "saved")
 
 
-PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+MAX_PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 ALONE = """
 import sys, torch
 class Hide:
@@ -266,14 +266,14 @@ torch.save(model(pixels).logits.detach(), sys.argv[2])
 def test_every_reader_loads_implants(run, tmp_path):
     job, folder = run
     with torch.no_grad():
-        expected = copy.deepcopy(job.net).cpu().eval()(PIXELS)
+        expected = copy.deepcopy(job.net).cpu().eval()(MAX_PIXELS)
         for net in (
             hf_camphive.from_pretrained(folder).timm_model,
             AutoModelForImageClassification.from_pretrained(folder).timm_model,
             timm.create_model(f"local-dir:{folder}", pretrained=True),
             load_base(str(folder)).net,
         ):
-            torch.testing.assert_close(net.eval()(PIXELS), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(net.eval()(MAX_PIXELS), expected, rtol=1e-5, atol=1e-5)
             assert count_macs(net, (3, 16, 16)) == job.plans[-1].macs_after
     subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "logits.pt"], check=True, timeout=120)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
@@ -292,11 +292,11 @@ def test_a_run_with_implants_keeps_its_budget_and_says_so(run):
 def test_implants_are_exported(run, tmp_path):
     job, _ = run
     net = copy.deepcopy(job.net).cpu().eval()
-    exported = torch.export.export(net, (PIXELS,)).module()
+    exported = torch.export.export(net, (MAX_PIXELS,)).module()
     with torch.no_grad():
-        torch.testing.assert_close(exported(PIXELS), net(PIXELS), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exported(MAX_PIXELS), net(MAX_PIXELS), rtol=1e-5, atol=1e-5)
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    torch.onnx.export(net, (PIXELS,), tmp_path / "net.onnx", dynamo=True, input_names=["x"])
-    (found,) = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": PIXELS.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), net(PIXELS).detach(), rtol=1e-4, atol=1e-4)
+    torch.onnx.export(net, (MAX_PIXELS,), tmp_path / "net.onnx", dynamo=True, input_names=["x"])
+    (found,) = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": MAX_PIXELS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(MAX_PIXELS).detach(), rtol=1e-4, atol=1e-4)

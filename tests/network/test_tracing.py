@@ -9,7 +9,7 @@ from support.toys import Block, Chain, Toy, ToyResNet, images, randomise
 from torch import Tensor, nn
 
 from hf_camphive.core.errors import CampHiVeError, ModelError
-from hf_camphive.network.graph.blocks import affine_path, droppable_branches, exterior_groups, junctions
+from hf_camphive.network.graph.blocks import affine_path, droppable_branches, exterior_groups, residual_adds
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.verification import check_groups
@@ -185,7 +185,7 @@ def test_untraceable_network_is_refused_with_its_reason():
 
 def test_residual_branches_and_the_layers_that_close_them():
     trace = trace_network(ToyResNet().eval(), (3, 8, 8))
-    found = junctions(trace.graph)
+    found = residual_adds(trace.graph)
     assert [trace.graph.tensors[affine_path(j)[0].args[1]] for j in found] == [
         "block1.conv2.weight",
         "block2.conv2.weight",

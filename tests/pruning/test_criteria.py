@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.scoring import WEIGHT_SPACE, SmallResNet, evidence, subject_for
+from support.scoring import WEIGHT_SPACE, SmallResNet, context, subject_for
 from support.toys import ToyResNet
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from hf_camphive.curvature.operators import label_cotangent
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order
-from hf_camphive.pruning.scoring.context import Evidence
+from hf_camphive.pruning.scoring.context import ScoringContext
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.pruning.scoring.sosp import greedy_marginals
 
@@ -38,7 +38,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(second_order, "power_iteration", exact_eigenpairs)
 
 
-def changed(subject: Evidence, **tensors) -> Evidence:
+def changed(subject: ScoringContext, **tensors) -> ScoringContext:
     return replace(subject, state={**subject.state, **{k.replace("__", "."): v for k, v in tensors.items()}})
 
 
@@ -51,7 +51,7 @@ def joined(scores) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
-    found = CRITERIA[name](evidence(hutchinson_probes=2, power_steps=3))
+    found = CRITERIA[name](context(hutchinson_probes=2, power_steps=3))
     assert {key: tuple(value.shape) for key, value in found.items()} == {
         "stem": (6,),
         "block1.conv1": (5,),
@@ -139,7 +139,7 @@ def test_scores_do_not_know_the_scale_of_a_filter_before_its_norm(name, exact):
     assert others or name not in GATE_SPACE
 
 
-def same_scores(name: str, a: Evidence, b: Evidence) -> tuple[bool, bool]:
+def same_scores(name: str, a: ScoringContext, b: ScoringContext) -> tuple[bool, bool]:
     """Whether two states of one function have the same scores in the group that differs, and in all others."""
     with torch.no_grad():
         (expected,), (found,) = (e.trace.graph.run(e.state, e.images[0]) for e in (a, b))
@@ -154,7 +154,7 @@ def test_batches_do_not_matter(name):
     net, settings = ToyResNet(), {}
     if name in WEIGHT_SPACE:
         net, settings = SmallResNet(), {"hutchinson_probes": 3, "power_steps": 5}
-    a, b = (joined(CRITERIA[name](evidence(net, batches=batches, **settings))) for batches in ((12,), (1, 4, 7)))
+    a, b = (joined(CRITERIA[name](context(net, batches=batches, **settings))) for batches in ((12,), (1, 4, 7)))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
@@ -183,12 +183,12 @@ class FourChannels(nn.Module):
         return self.head(self.bn(self.conv(x)).flatten(1))
 
 
-def by_hand(count: int = 2, **config) -> Evidence:
+def by_hand(count: int = 2, **config) -> ScoringContext:
     net = FourChannels().eval().double()
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
     x, labels = torch.ones(count, 1, 1, 1, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
     config = CampHiVeConfig(**{"curvature_images": count, "num_eigenpairs": 1} | config)
-    return Evidence(trace_network(net, (1, 1, 1)), state, (x,), (labels,), (torch.arange(count),), count, config)
+    return ScoringContext(trace_network(net, (1, 1, 1)), state, (x,), (labels,), (torch.arange(count),), count, config)
 
 
 # |v| is |j| / ||j|| with j the gradient of the gap: gamma delta at the filters (2, -2, 1, 0), gamma a at the readers of
@@ -272,7 +272,7 @@ def test_greedy_marginals_are_those_of_a_plain_search():
 # Formulas against dense matrices
 
 
-def dense_matrices(subject: Evidence) -> dict[str, Tensor]:
+def dense_matrices(subject: ScoringContext) -> dict[str, Tensor]:
     """The loss's Hessian and Gauss-Newton matrix [P, P] in all conv and linear weights, mean over the images."""
     trace, state = subject.trace, subject.state
     x, labels = torch.cat(subject.images), torch.cat(subject.labels)
@@ -295,22 +295,22 @@ def dense_matrices(subject: Evidence) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[Evidence, dict[str, Tensor]]:
+def small() -> tuple[ScoringContext, dict[str, Tensor]]:
     subject = subject_for("hap")
     return subject, dense_matrices(subject)
 
 
-def parts(subject: Evidence, values: Tensor) -> dict[str, Tensor]:
+def parts(subject: ScoringContext, values: Tensor) -> dict[str, Tensor]:
     sizes = [subject.state[name].numel() for name in subject.trace.positions]
     return {n: p.view(subject.state[n].shape) for n, p in zip(subject.trace.positions, values.split(sizes))}
 
 
-def with_matrix(subject: Evidence, curvature: str) -> Evidence:
+def with_matrix(subject: ScoringContext, curvature: str) -> ScoringContext:
     return replace(subject, config=replace(subject.config, curvature=curvature))
 
 
-def filters(subject: Evidence, values: Tensor) -> dict[str, Tensor]:
-    """Sums over the filters of SmallResNet's channels, spelled out: stem and conv2 write the same four."""
+def filters(subject: ScoringContext, values: Tensor) -> dict[str, Tensor]:
+    """NormalEquations over the filters of SmallResNet's channels, spelled out: stem and conv2 write the same four."""
     v = {name: part.flatten(1).sum(1) for name, part in parts(subject, values).items()}
     return {"stem": v["stem.weight"] + v["block1.conv2.weight"], "block1.conv1": v["block1.conv1.weight"]}
 
@@ -420,14 +420,14 @@ def test_sosp_is_matrix_averages_to_the_gauss_newton_matrix_of_the_gates(small):
 
 def test_sosp_i_is_greedy_per_mac_only_where_the_plan_is():
     """One channel of group b costs ten of a: alone they score the same, and the greedy order differs."""
-    a, b = (CRITERIA["sosp-i"](evidence(scope="all", threshold=threshold)) for threshold in ("adaptive", "global"))
+    a, b = (CRITERIA["sosp-i"](context(scope="all", threshold=threshold)) for threshold in ("adaptive", "global"))
     assert (joined(a) - joined(b)).abs().max() > 1e-3 * joined(b).max()
     assert joined(a).min() > 0
 
 
 def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
     """E over labels of the model = sum_k p_k g_k^2, exactly; hive's eigenpairs, all of them, add up to it as well."""
-    subject = evidence()
+    subject = context()
     gates = gate_space(subject.trace, subject.state)
     x = torch.cat(subject.images)
     p = subject.trace.graph.run(subject.state, x)[0].softmax(1)
@@ -448,12 +448,12 @@ def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
     )
     found = joined(CRITERIA["fisher"](repeated))
     assert ((found - expected).abs() <= 0.15 * expected + 1e-7).all()
-    whole = joined(CRITERIA["hive"](evidence(num_eigenpairs=gates.size, power_steps=50, power_tolerance=1e-9)))
+    whole = joined(CRITERIA["hive"](context(num_eigenpairs=gates.size, power_steps=50, power_tolerance=1e-9)))
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_taylor_is_the_mean_absolute_gate_gradient():
-    subject = evidence()
+    subject = context()
     gates = gate_space(subject.trace, subject.state)
     labels = torch.cat(subject.labels)
     gradients = gate_gradients(
@@ -463,18 +463,18 @@ def test_taylor_is_the_mean_absolute_gate_gradient():
 
 
 def test_magnitude_is_the_squared_norm_of_what_consumers_read_over_its_mean():
-    subject = evidence()
+    subject = context()
     squares = subject.state["block1.conv2.weight"].square().sum((0, 2, 3))
     torch.testing.assert_close(CRITERIA["magnitude"](subject)["block1.conv1"], squares / squares.mean())
 
 
 def test_hive_follows_the_config_to_the_hessian():
     gauss, hessian = (
-        joined(CRITERIA["hive"](evidence(curvature=c, num_eigenpairs=2))) for c in ("gauss-newton", "hessian")
+        joined(CRITERIA["hive"](context(curvature=c, num_eigenpairs=2))) for c in ("gauss-newton", "hessian")
     )
     assert (gauss - hessian).abs().max() > 1e-3 * gauss.max()
 
 
 def test_random_depends_on_the_seed_alone():
-    a, b, c = (joined(CRITERIA["random"](evidence(seed=seed))) for seed in (1, 1, 2))
+    a, b, c = (joined(CRITERIA["random"](context(seed=seed))) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)

@@ -12,15 +12,15 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
 from hf_camphive.core.plan import Branch, ChannelGroup, Slot
 from hf_camphive.pruning.merging.rules import cyclic_pairs
-from hf_camphive.pruning.planning.costs import Budgeted, Part, Width
+from hf_camphive.pruning.planning.costs import CostModel, CostTerm, Width
 from hf_camphive.pruning.planning.greedy import make_plan, smallest
 
 
-def least_macs(network: Budgeted, settings: CampHiVeConfig) -> int:
+def least_macs(network: CostModel, settings: CampHiVeConfig) -> int:
     return smallest(network, ["macs"], settings)["macs"]
 
 
-def residual(inner: tuple[int, int] = (2, 3), stream: int = 4) -> Budgeted:
+def residual(inner: tuple[int, int] = (2, 3), stream: int = 4) -> CostModel:
     """stem -> stream; block: stream -> a -> b -> stream, whose gates are a and b; head reads the stream."""
     a, b = inner
     shapes = {
@@ -41,10 +41,10 @@ def residual(inner: tuple[int, int] = (2, 3), stream: int = 4) -> Budgeted:
     )
     tensors = tuple(name for name in shapes if "block" in name)
     branch = Branch("block", (), (), ("a", "b"), ("a", "b"), tensors, "add", "out")
-    return Budgeted(groups, (branch,), frozenset({"stream"}), dict.fromkeys(shapes, 10), shapes)
+    return CostModel(groups, (branch,), frozenset({"stream"}), dict.fromkeys(shapes, 10), shapes)
 
 
-def macs(network: Budgeted, kept: dict[str, int]) -> int:
+def macs(network: CostModel, kept: dict[str, int]) -> int:
     """MACs of a network from its widths alone, by another road than the descent's differences."""
     shapes = {name: list(shape) for name, shape in network.shapes.items()}
     for g in network.groups:
@@ -58,7 +58,7 @@ def widths(plan) -> dict[str, int]:
     return {name: len(channels) for name, channels in plan.keep.items()}
 
 
-def random_scores(network: Budgeted, seed: int) -> dict[str, torch.Tensor]:
+def random_scores(network: CostModel, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {g.name: torch.rand(g.size, generator=generator).square() for g in network.groups}
 
@@ -161,7 +161,7 @@ def test_costs_are_those_of_the_widths_that_are_left():
 def test_positions_per_channel_count():
     # A head that reads 4 positions of each channel: a channel saves 3 + 2 * 4 = 11.
     shapes = {"conv.weight": (5, 3, 1, 1), "head.weight": (2, 20)}
-    network = Budgeted((group("g", 5, "conv", "head", repeat=4),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
+    network = CostModel((group("g", 5, "conv", "head", repeat=4),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
     plan = make_plan(network, {"g": torch.arange(5.0)}, 54, config())
     assert (plan.macs_before, plan.macs_after, plan.keep["g"]) == (55, 44, (1, 2, 3, 4))
 
@@ -173,7 +173,7 @@ def test_a_tensor_that_carries_a_group_on_both_axes():
         Slot("square.weight", 1, "consumer", (0, 1, 2)),
     )
     shapes = {"in.weight": (3, 1), "square.weight": (3, 3)}
-    network = Budgeted((ChannelGroup("g", 3, slots),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
+    network = CostModel((ChannelGroup("g", 3, slots),), (), frozenset(), dict.fromkeys(shapes, 1), shapes)
     plan = make_plan(network, {"g": torch.arange(3.0)}, 11, config())
     assert (plan.macs_before, plan.macs_after) == (12, 2 + 4)
 
@@ -235,7 +235,7 @@ def test_a_budget_that_is_met_already():
 def test_frozen_groups_stay():
     network = chain(3, 6, 6, 2)
     frozen = (ChannelGroup("g1", 6, network.groups[0].slots, "its output is returned"), network.groups[1])
-    network = Budgeted(frozen, (), frozenset(), network.positions, network.shapes)
+    network = CostModel(frozen, (), frozenset(), network.positions, network.shapes)
     plan = make_plan(network, {}, least_macs(network, config()), config())
     assert widths(plan) == {"g1": 6, "g2": 1}
 
@@ -249,7 +249,7 @@ def test_frozen_groups_stay():
 )
 def test_nothing_to_prune(groups, message):
     network = chain(3, 6, 2)
-    network = Budgeted(groups, (), frozenset(), network.positions, network.shapes)
+    network = CostModel(groups, (), frozenset(), network.positions, network.shapes)
     for work in (lambda: make_plan(network, {}, 10, config()), lambda: least_macs(network, config())):
         with pytest.raises(
             PlanError, match=f"no channel group of this network can be pruned {message}; choose another"
@@ -307,16 +307,16 @@ def test_budgets_with_branches_are_never_exceeded(seed):
 # Several costs, staircases and whole branches
 
 
-def timed(network: Budgeted, *parts: Part) -> Budgeted:
+def timed(network: CostModel, *parts: CostTerm) -> CostModel:
     return replace(network, operations=parts)
 
 
-def stairs(group: str, step: int, ms: float = 1.0) -> Part:
+def stairs(group: str, step: int, ms: float = 1.0) -> CostTerm:
     """An operation that takes `ms` for each started `step` channels of a group."""
-    return Part((Width(0, ((group, 1),)),), lambda width: ms * -(-width // step))
+    return CostTerm((Width(0, ((group, 1),)),), lambda width: ms * -(-width // step))
 
 
-def latency_plan(network: Budgeted, scores: dict, target: float, **changes):
+def latency_plan(network: CostModel, scores: dict, target: float, **changes):
     return make_plan(network, scores, {"latency": target}, config(target_latency=target, **{"round_to": 1} | changes))
 
 
@@ -342,7 +342,9 @@ def test_a_branch_goes_whole_where_its_fixed_cost_makes_that_cheaper():
     parts = stairs("stream", 1), stairs("a", 1), stairs("b", 1)
     network = residual(stream=12)
     scores = {"stream": torch.full((12,), 1.5), "a": torch.full((2,), 2.0), "b": torch.full((3,), 2.0)}
-    plan = latency_plan(timed(network, *parts, Part((), lambda: 10.0, "block")), scores, 18.0)  # 10 / 9 against 1.5
+    plan = latency_plan(
+        timed(network, *parts, CostTerm((), lambda: 10.0, "block")), scores, 18.0
+    )  # 10 / 9 against 1.5
     assert plan.dropped == ("block",) and widths(plan)["stream"] == 12 and plan.budgets[0].after == 12
     plan = latency_plan(timed(network, *parts), scores, 8.0)  # without that, 2 a ms: the stream goes
     assert plan.dropped == () and widths(plan) == {"stream": 3, "a": 2, "b": 3}

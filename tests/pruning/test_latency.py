@@ -340,7 +340,7 @@ def test_the_median_counts_and_works_take_turns(monkeypatch):
     turns = []
     monkeypatch.setattr(timing, "_milliseconds", lambda run, device: run())
     monkeypatch.setattr(timing, "CALLS", 2)
-    monkeypatch.setattr(timing, "MOST_ROUNDS", 7)
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 7)
 
     def work(name, *a_round):
         times = iter(a_round * 7)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.scoring import evidence
+from support.scoring import context
 from support.toys import Chain, images, randomise
 
 from hf_camphive.curvature.gates import gate_space
@@ -39,7 +39,7 @@ def random_products(channels: int, seed: int = 0):
 
 def test_products_are_the_logits_answer_to_a_merge():
     """sum_st D_st M_nst = z_n^T J_n d for the change of weights d that reads sum_t D_st a_t more for every channel s."""
-    subject = evidence()
+    subject = context()
     z = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     m, _ = products_of(subject, z)
     mix = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_joint_losses_by_hand():
 
 def test_merges_are_judged_together():
     """Every score is the largest increase per cost so far of 1/2 |sum of all moves|^2, along the order of score per cost."""
-    subject = evidence(criterion="merge-joint", scope="all")
+    subject = context(criterion="merge-joint", scope="all")
     scores, costs = CRITERIA["merge-joint"](subject), channel_costs(subject)
     gates = gate_space(subject.trace, subject.state)
     names = mergeable(subject.trace, gates)
@@ -146,10 +146,10 @@ def test_merges_are_judged_together():
 
 def test_groups_that_are_judged_together_sum_the_same_images(monkeypatch):
     """As many sums as memory allows for all of them, though each alone could have more."""
-    monkeypatch.setattr(criteria, "LEAST_SUMS", 1)
-    monkeypatch.setattr(criteria, "SUMS", 150)
-    monkeypatch.setattr(criteria, "SUMS_TOGETHER", 500)
-    scores = CRITERIA["merge-joint"](evidence(scope="all"))
+    monkeypatch.setattr(criteria, "MIN_SUMS", 1)
+    monkeypatch.setattr(criteria, "MAX_ELEMENTS_PER_GROUP", 150)
+    monkeypatch.setattr(criteria, "MAX_ELEMENTS_TOGETHER", 500)
+    scores = CRITERIA["merge-joint"](context(scope="all"))
     assert all(values.isfinite().all() and (values > 0).all() for values in scores.values())
 
 
@@ -168,7 +168,7 @@ def test_a_group_that_is_not_read_channel_by_channel_is_judged_by_removal():
     trace = trace_network(net, (3, 8, 8))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
     assert mergeable(trace, gate_space(trace, state)) == frozenset()
-    subject = evidence(Chain())
+    subject = context(Chain())
     assert mergeable(subject.trace, gate_space(subject.trace, subject.state)) == {"conv1"}  # conv2 is flattened
     scores = CRITERIA["merge-aware"](subject)
     assert all((values > 0).any() for values in scores.values())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.toys import ToyResNet, images, randomise
 from torch import nn
 
-from hf_camphive.pruning.polish import LINE, TEMPERATURE, Polished, _draw, _moved, polish
+from hf_camphive.pruning.polish import LINE_SHARES, TEMPERATURE, Polished, _draw, _moved, polish
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
 
@@ -182,7 +182,7 @@ def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
     dense, start = dense_and_damaged()
     ends = {}
     for share in (1.0, *shares):
-        monkeypatch.setattr("hf_camphive.pruning.polish.LINE", (share,))
+        monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", (share,))
         ends[share] = copy.deepcopy(start)
         assert polish(ends[share], dense, calibration(), held_out(), 30) == Polished(weights=share)
     (share,) = shares
@@ -193,12 +193,12 @@ def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
 def test_the_share_is_that_with_the_least_divergence_of_the_images_held_out(monkeypatch):
     dense, start = dense_and_damaged()
     found = {}
-    for share in LINE:
+    for share in LINE_SHARES:
         net = copy.deepcopy(start)
-        monkeypatch.setattr("hf_camphive.pruning.polish.LINE", (share,))
+        monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", (share,))
         polish(net, dense, calibration(), held_out(), 30)
         found[share] = divergence(net, dense, held_out())
-    monkeypatch.setattr("hf_camphive.pruning.polish.LINE", LINE)
+    monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", LINE_SHARES)
     net = copy.deepcopy(start)
     best = polish(net, dense, calibration(), held_out(), 30).weights
     assert found[best] == min(found.values()) == pytest.approx(divergence(net, dense, held_out()), rel=1e-9)

@@ -15,7 +15,7 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.reconstruction import reconstruct
-from hf_camphive.pruning.merging.ridge import Sums
+from hf_camphive.pruning.merging.ridge import NormalEquations
 
 
 def prepared(net: nn.Module, size: int = 8):
@@ -174,13 +174,13 @@ def test_rows_are_sampled_within_their_bound_and_from_the_seed(monkeypatch):
     _, trace, state = prepared(ToyResNet())
     plan, batches = plan_with(trace, {"block1.conv1": (0, 1)}), [images(20), images(20, seed=1)]
     seen = []
-    add = Sums.add
+    add = NormalEquations.add
     monkeypatch.setattr(
-        Sums,
+        NormalEquations,
         "add",
         lambda self, rows, errors, **kw: seen.append(rows.shape[1]) or add(self, rows, errors, **kw),
     )
-    monkeypatch.setattr(reconstruction, "LEAST_ROWS", 100)
+    monkeypatch.setattr(reconstruction, "MIN_ROWS", 100)
     monkeypatch.setattr(reconstruction, "ROWS_PER_UNKNOWN", 10)
     a, b, c = (reconstruct(state, plan, trace, batches, seed=seed) for seed in (0, 0, 1))
     assert max(seen) < 20 * 64

@@ -14,7 +14,7 @@ from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.rules import (
     MERGE_RULES,
-    Removal,
+    ConsumerCut,
     cyclic,
     cyclic_ls,
     cyclic_pairs,
@@ -29,8 +29,8 @@ from hf_camphive.pruning.merging.rules import (
 ACTIVATIONS = torch.tensor([[1.0, 0, 3, 1], [2, 1, 6, 2], [0, 2, 0, 3], [1, 5, 3, 6]], dtype=torch.float64)
 
 
-def removal(pairs=()) -> Removal:
-    return Removal(4, (0, 1), pairs, ACTIVATIONS.mean(0), ACTIVATIONS.T @ ACTIVATIONS / 4, ridge=0.0)
+def cut(pairs=()) -> ConsumerCut:
+    return ConsumerCut(4, (0, 1), pairs, ACTIVATIONS.mean(0), ACTIVATIONS.T @ ACTIVATIONS / 4, ridge=0.0)
 
 
 def test_cyclic_pairs_by_hand():
@@ -41,18 +41,18 @@ def test_cyclic_pairs_by_hand():
 
 def test_pairwise_rules_by_hand():
     pairs = ((2, 1), (3, 0))
-    assert not none(removal(pairs))[0].any()
-    rows, constant = cyclic(removal(pairs))
+    assert not none(cut(pairs))[0].any()
+    rows, constant = cyclic(cut(pairs))
     assert rows[2].tolist() == [0, 0.5, 0, 0] and rows[3].tolist() == [0.5, 0, 0, 0] and not constant.any()
-    rows, _ = cyclic_ls(removal(pairs))
+    rows, _ = cyclic_ls(cut(pairs))
     assert rows[2, 1] == (6 + 15) / (1 + 4 + 25) and rows[3, 0] == (1 + 4 + 6) / (1 + 4 + 1)
-    rows, _ = nearest(removal())
+    rows, _ = nearest(cut())
     np.testing.assert_allclose(rows[2], [3, 0, 0, 0])
     np.testing.assert_allclose(rows[3], [0, (2 + 6 + 30) / 30, 0, 0])
 
 
 def test_lstsq_is_numpys_regression_with_a_constant():
-    rows, constant = lstsq(removal())
+    rows, constant = lstsq(cut())
     np.testing.assert_allclose(rows[2:, :2], [[3, 0], [0, 1]], atol=1e-12)
     np.testing.assert_allclose(constant, [0, 0, 0, 1], atol=1e-12)
 

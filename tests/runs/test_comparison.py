@@ -17,7 +17,7 @@ from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.merging.rules import MERGE_RULES
-from hf_camphive.pruning.scoring.criteria import CRITERIA, Evidence
+from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
 from hf_camphive.runs import comparison
 from hf_camphive.runs.comparison import Comparison, grid
 from hf_camphive.runs.pruner import CampHiVePruner
@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         fisher = CRITERIA["fisher"]
-        patch.setitem(CRITERIA, "fisher", lambda evidence: asked.append(evidence.config) or fisher(evidence))
+        patch.setitem(CRITERIA, "fisher", lambda context: asked.append(context.config) or fisher(context))
         run = opened(folder, methods={"halves": halves})
         chosen = cells("fisher", "none reconstruct", (1.5, 2.0)) + cells("halves", "none", seeds=2)
         return run.run(chosen), folder, chosen, asked
@@ -121,7 +121,7 @@ def test_scores_do_not_depend_on_what_is_done_with_them(criterion):
 
     def scores(config):
         with torch.no_grad():
-            return CRITERIA[criterion](Evidence(trace, named_tensors(net), *data, config))
+            return CRITERIA[criterion](ScoringContext(trace, named_tensors(net), *data, config))
 
     expected, found = scores(config), scores(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected) and config.merge != other.merge
@@ -204,7 +204,7 @@ def test_test_images_that_do_not_fit_are_read_anew(monkeypatch):
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"]) and torch.equal(
             ours["labels"], theirs["labels"]
         )
-    monkeypatch.setattr(comparison, "HELD_BYTES", 1000)
+    monkeypatch.setattr(comparison, "MAX_BYTES_IN_MEMORY", 1000)
     assert comparison._in_memory(loader) is loader
 
 

@@ -31,7 +31,7 @@ from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.runs import cycle as steps
 from hf_camphive.runs import pruner
-from hf_camphive.runs.progress import IterationMemory
+from hf_camphive.runs.progress import IterationCheckpoint
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.loaders import load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
@@ -507,11 +507,13 @@ HIVE = replace(
 def test_a_run_killed_in_its_power_iteration_goes_on_from_its_last_block(tmp_path, monkeypatch):
     whole = pruned(HIVE)
     with monkeypatch.context() as patch:
-        kill_after(patch, IterationMemory, "save", 5 + 3)  # 5 saves a cycle, as none follows the last of the 6 steps
+        kill_after(
+            patch, IterationCheckpoint, "save", 5 + 3
+        )  # 5 saves a cycle, as none follows the last of the 6 steps
         with pytest.raises(Killed):
             pruned(HIVE, work_dir=tmp_path / "work")
     steps = []
-    monkeypatch.setattr(IterationMemory, "save", lambda memory, state: steps.append(int(state["steps"])))
+    monkeypatch.setattr(IterationCheckpoint, "save", lambda memory, state: steps.append(int(state["steps"])))
     job = pruned(HIVE, work_dir=tmp_path / "work", resume=True)
     assert steps == [4, 5]
     assert job.plans == whole.plans and same_weights(job.net, whole.net)
@@ -519,7 +521,7 @@ def test_a_run_killed_in_its_power_iteration_goes_on_from_its_last_block(tmp_pat
 
 
 def test_a_fresh_run_ignores_the_iteration_of_an_older_one(tmp_path):
-    memory = IterationMemory(tmp_path / "work")
+    memory = IterationCheckpoint(tmp_path / "work")
     memory.work_dir.mkdir()
     memory.save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
     assert pruned(replace(HIVE, cycles=1, power_steps=1), work_dir=memory.work_dir).plans
@@ -527,7 +529,7 @@ def test_a_fresh_run_ignores_the_iteration_of_an_older_one(tmp_path):
 
 
 def test_a_damaged_iteration_is_named(tmp_path):
-    memory = IterationMemory(tmp_path)
+    memory = IterationCheckpoint(tmp_path)
     memory.save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
     assert torch.equal(memory.load()["block"], torch.ones(3, 2))
     path = tmp_path / "iteration.safetensors"
@@ -537,7 +539,7 @@ def test_a_damaged_iteration_is_named(tmp_path):
 
 
 def test_only_the_main_process_writes_the_iteration(tmp_path):
-    IterationMemory(tmp_path, writes=False).save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
+    IterationCheckpoint(tmp_path, writes=False).save({"block": torch.ones(3, 2), "steps": torch.tensor(4)})
     assert list(tmp_path.iterdir()) == []
 
 

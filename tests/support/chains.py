@@ -2,7 +2,7 @@
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelGroup, Slot
-from hf_camphive.pruning.planning.costs import Budgeted
+from hf_camphive.pruning.planning.costs import CostModel
 
 
 def config(**changes) -> CampHiVeConfig:
@@ -18,10 +18,10 @@ def group(name: str, size: int, writes: str, reads: str, frozen: str | None = No
     return ChannelGroup(name, size, slots, frozen)
 
 
-def chain(*widths: int, positions: tuple[int, ...] = (), kernel: int = 1) -> Budgeted:
+def chain(*widths: int, positions: tuple[int, ...] = (), kernel: int = 1) -> CostModel:
     """conv0: widths[0] -> widths[1], conv1: -> widths[2], ...; input and output fixed; groups g1, g2, ..."""
     layers = len(widths) - 1
     shapes = {f"conv{i}.weight": (widths[i + 1], widths[i], kernel, kernel) for i in range(layers)}
     groups = [group(f"g{i}", widths[i], f"conv{i - 1}", f"conv{i}") for i in range(1, layers)]
     counts = dict(zip(shapes, positions or (1,) * layers, strict=True))
-    return Budgeted(tuple(groups), (), frozenset(), counts, shapes)
+    return CostModel(tuple(groups), (), frozenset(), counts, shapes)

@@ -7,7 +7,7 @@ from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.pruning.planning.costs import Budgeted
+from hf_camphive.pruning.planning.costs import CostModel
 from hf_camphive.pruning.planning.greedy import make_plan
 
 
@@ -19,7 +19,7 @@ def plan_with(trace: Trace, keep: dict[str, tuple[int, ...]], dropped: tuple[str
 def random_plan(net, trace: Trace, seed: int, share: float, scope: str = "all") -> PrunePlan:
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(net).items()}
-    network = Budgeted(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
+    network = CostModel(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes)
     # Every fifth group is worth next to nothing, so that some residual branches are emptied.
     scores = {
         g.name: torch.rand(g.size, generator=generator) * (1e-3 if i % 5 == 1 else 1)

@@ -48,7 +48,7 @@ KILLS = {
     "before the second cycle is kept": (steps, "apply_plan", 2),
     "after the last cycle": (pruner, "save_progress", 3),
     "before finetuning": (pruner, "save_progress", 4),
-    "in the first epoch": (training._Job, "run_epoch", 1),
+    "in the first epoch": (training._Trainer, "run_epoch", 1),
     "after the first epoch": (checkpoints.CheckpointStore, "save", 1),
     "after finetuning": (pruner, "finetune", 1),
 }

@@ -6,17 +6,17 @@ from torch import Tensor, nn
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.pruning.scoring.context import Evidence
+from hf_camphive.pruning.scoring.context import ScoringContext
 from support.toys import Block, ToyResNet, images, randomise, seeded
 
 
-def evidence(net=None, count: int = 12, batches: tuple[int, ...] = (5, 7), size: int = 8, **config) -> Evidence:
+def context(net=None, count: int = 12, batches: tuple[int, ...] = (5, 7), size: int = 8, **config) -> ScoringContext:
     torch.manual_seed(0)
     net = randomise(net or ToyResNet())
     trace = trace_network(net, (3, size, size))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
     x, labels = images(count, size), torch.arange(count) % 3
-    return Evidence(
+    return ScoringContext(
         trace,
         state,
         x.split(batches),
@@ -44,7 +44,7 @@ class SmallResNet(nn.Module):
 WEIGHT_SPACE = ("hive-paper", "hap")  # products with all weights: laws are tried on a small network
 
 
-def subject_for(name: str, act: type[nn.Module] = nn.SiLU) -> Evidence:
+def subject_for(name: str, act: type[nn.Module] = nn.SiLU) -> ScoringContext:
     if name in WEIGHT_SPACE:
-        return evidence(SmallResNet(act), 3, (2, 1), 3)
-    return evidence(ToyResNet(act))
+        return context(SmallResNet(act), 3, (2, 1), 3)
+    return context(ToyResNet(act))

@@ -325,10 +325,10 @@ def test_the_faster_precision_is_chosen(monkeypatch, bf16, choice):
 def test_auto_probes_without_touching_anything(accelerator, monkeypatch):
     net, expected = Net(), Net()
     finetune(expected, loaders(), CONFIG, accelerator)
-    monkeypatch.setattr(precisions, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(precisions, "MAX_SHARE_OF_FP32", 0.0)
     log = finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator)
     assert log.mixed_precision == "no" and same(net, expected)
-    monkeypatch.setattr(precisions, "WORTHWHILE", math.inf)
+    monkeypatch.setattr(precisions, "MAX_SHARE_OF_FP32", math.inf)
     assert finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator).mixed_precision == "bf16"
 
 

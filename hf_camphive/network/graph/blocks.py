@@ -10,14 +10,14 @@ from torch import fx
 
 from hf_camphive.core.plan import Branch, ChannelGroup
 from hf_camphive.network.graph.handlers import ELEMENTWISE
-from hf_camphive.network.graph.program import Graph, block_modules, module_of, modules_of, operation
+from hf_camphive.network.graph.program import TracedProgram, block_modules, module_of, modules_of, operation
 from hf_camphive.network.graph.tracing import Trace
 
 _LINEAR = ("conv2d", "linear")
 
 
 @dataclass(frozen=True)
-class Junction:
+class ResidualAdd:
     """A residual add: the branch's value `branch`, the value `shortcut` that it is added to, and their sum `add`."""
 
     add: fx.Node
@@ -25,7 +25,7 @@ class Junction:
     shortcut: fx.Node
 
 
-def junctions(graph: Graph) -> tuple[Junction, ...]:
+def residual_adds(graph: TracedProgram) -> tuple[ResidualAdd, ...]:
     """All residual adds; the operand with the more operations of its own is the branch."""
     ancestors = _ancestors(graph)
     found = []
@@ -38,7 +38,7 @@ def junctions(graph: Graph) -> tuple[Junction, ...]:
             continue
         own_a, own_b = len(ancestors[a] - ancestors[b]), len(ancestors[b] - ancestors[a])
         branch, shortcut = (a, b) if own_a >= own_b else (b, a)
-        found.append(Junction(node, branch, shortcut))
+        found.append(ResidualAdd(node, branch, shortcut))
     return tuple(found)
 
 
@@ -55,7 +55,7 @@ def exterior_groups(trace: Trace) -> frozenset[str]:
     residual add runs through it. Empty for a network without any such group: it has no blocks to tell inside from
     outside by.
     """
-    streams = frozenset().union(*(trace.sums[junction.add.name] for junction in junctions(trace.graph)))
+    streams = frozenset().union(*(trace.sums[residual_add.add.name] for residual_add in residual_adds(trace.graph)))
     blocks = block_modules(trace.graph)
     free = [group for group in trace.groups if not group.frozen]
     interior = {group.name for group in free if group.name not in streams and _common_module(group) in blocks}
@@ -73,13 +73,13 @@ def _common_module(group: ChannelGroup) -> str:
     return ".".join(common)
 
 
-def affine_path(junction: Junction) -> list[fx.Node] | None:
+def affine_path(residual_add: ResidualAdd) -> list[fx.Node] | None:
     """From a branch's last convolution or linear layer to the add, through batch norms only; None if there is none.
 
     Each value on the way has no other reader, so that the layer's output may be chosen freely. A batch norm counts only
     with running statistics: with those of the batch it is no affine map.
     """
-    path, node = [], junction.branch
+    path, node = [], residual_add.branch
     while operation(node) not in _LINEAR:
         if operation(node) not in ("batch_norm", "dropout", "clone", "alias") or len(node.users) > 1:
             return None
@@ -99,18 +99,18 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
     ancestors = _ancestors(trace.graph)
     tensors = trace.graph.tensors
     found = []
-    for junction in junctions(trace.graph):
-        inside = ancestors[junction.branch] - ancestors[junction.shortcut]
-        bypass = ancestors[junction.shortcut] - ancestors[junction.branch]
-        module = module_of(junction.add)
+    for residual_add in residual_adds(trace.graph):
+        inside = ancestors[residual_add.branch] - ancestors[residual_add.shortcut]
+        bypass = ancestors[residual_add.shortcut] - ancestors[residual_add.branch]
+        module = module_of(residual_add.add)
         block = [node for node in trace.graph.operations if module and module in modules_of(node)]
-        after = [node for node in block if node not in inside | bypass and node is not junction.add]
+        after = [node for node in block if node not in inside | bypass and node is not residual_add.add]
         sources = {used for node in block for used in node.all_input_nodes} - set(block) - set(tensors)
         if (
             not inside | bypass <= set(block)
             or len(sources) != 1
-            or any(user not in inside and user is not junction.add for node in inside for user in node.users)
-            or any(ancestors[node].isdisjoint({junction.add}) for node in after)
+            or any(user not in inside and user is not residual_add.add for node in inside for user in node.users)
+            or any(ancestors[node].isdisjoint({residual_add.add}) for node in after)
         ):
             continue
         ordered = [node for node in block if node in bypass]
@@ -119,8 +119,8 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
             continue
         names = {tensors[used] for node in inside for used in node.all_input_nodes if used in tensors}
         interior = [g for g in trace.groups if all(slot.tensor in names for slot in g.slots)]
-        gates = [g.name for g in interior if not g.frozen and _feeds_alone([g], junction.branch, inside, tensors)]
-        if gates and _feeds_alone(interior, junction.branch, inside, tensors, pointwise=True):
+        gates = [g.name for g in interior if not g.frozen and _feeds_alone([g], residual_add.branch, inside, tensors)]
+        if gates and _feeds_alone(interior, residual_add.branch, inside, tensors, pointwise=True):
             found.append(
                 Branch(
                     module=module,
@@ -129,14 +129,14 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
                     groups=tuple(group.name for group in interior),
                     gates=tuple(gates),
                     tensors=tuple(sorted(names)),
-                    add=junction.add.name,
-                    output=junction.branch.name,
+                    add=residual_add.add.name,
+                    output=residual_add.branch.name,
                 )
             )
     return tuple(found)
 
 
-def operations_inside(graph: Graph, branches: Iterable[Branch]) -> dict[str, str]:
+def operations_inside(graph: TracedProgram, branches: Iterable[Branch]) -> dict[str, str]:
     """{operation: module} of all operations that go when the branch of that module is dropped, by name."""
     ancestors = _ancestors(graph)
     nodes = {node.name: node for node in graph.operations}
@@ -148,7 +148,7 @@ def operations_inside(graph: Graph, branches: Iterable[Branch]) -> dict[str, str
     return found
 
 
-def _ancestors(graph: Graph) -> dict[fx.Node, set[fx.Node]]:
+def _ancestors(graph: TracedProgram) -> dict[fx.Node, set[fx.Node]]:
     """Every operation (and the image) that a value is computed from, itself included."""
     ancestors: dict[fx.Node, set[fx.Node]] = {graph.image: {graph.image}}
     for node in graph.operations:

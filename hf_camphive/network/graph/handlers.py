@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from hf_camphive.network.graph.labels import (
     NO_CHANNEL,
     Labels,
-    NotUnderstood,
+    UnsupportedOperation,
     compact,
     shape_of,
     sizes,
@@ -21,7 +21,7 @@ from hf_camphive.network.graph.labels import (
     thin,
     varies,
 )
-from hf_camphive.network.graph.program import GONE, module_of, operation, standardised, weight_of
+from hf_camphive.network.graph.program import REMOVED_SUFFIX, module_of, operation, standardised, weight_of
 
 aten = torch.ops.aten
 ELEMENTWISE = tuple(
@@ -40,7 +40,7 @@ def follow(labels: Labels, node: fx.Node) -> object:
         return _known(labels, node)
     try:
         return HANDLERS.get(operation(node), unknown)(labels, node)
-    except NotUnderstood as reason:
+    except UnsupportedOperation as reason:
         return unknown(labels, node, str(reason))
 
 
@@ -93,7 +93,7 @@ def _convolution(labels: Labels, node: fx.Node) -> Tensor:
             labels.couple(tied[0], block)
         labels.place(tied[0], weight, 1, "consumer")
         if standardised_in(node):
-            labels.place(tied[0], f"{weight}{GONE}", 0, "statistics")
+            labels.place(tied[0], f"{weight}{REMOVED_SUFFIX}", 0, "statistics")
         out = labels.new_atoms(out_channels)
         for block in out.view(groups, -1)[1:]:
             labels.couple(out.view(groups, -1)[0], block)
@@ -110,7 +110,7 @@ def _convolution(labels: Labels, node: fx.Node) -> Tensor:
 def _layer_weight(labels: Labels, node: fx.Node) -> str:
     weight = weight_of(node)
     if weight is None:
-        raise NotUnderstood("computes its weight")
+        raise UnsupportedOperation("computes its weight")
     return labels.name_of(weight)
 
 
@@ -141,7 +141,7 @@ def _batch_norm(labels: Labels, node: fx.Node) -> Tensor:
     if standardised(node) is not None:
         return _no_channels(node)
     if _argument(node, 5):
-        raise NotUnderstood("takes its statistics from the batch")
+        raise UnsupportedOperation("takes its statistics from the batch")
     atoms = labels.channels(node.args[0], 1)
     for tensor in node.args[1:5]:
         if tensor is not None:
@@ -151,7 +151,7 @@ def _batch_norm(labels: Labels, node: fx.Node) -> Tensor:
 
 def _layer_norm(labels: Labels, node: fx.Node) -> Tensor:
     if len(node.args[1]) > 1:
-        raise NotUnderstood("normalises over several axes")
+        raise UnsupportedOperation("normalises over several axes")
     shape = shape_of(node)
     atoms = labels.channels(node.args[0], -1)
     labels.count(node, node.args[1][0], spread(atoms, (1, len(atoms)), 1), 1)
@@ -190,7 +190,7 @@ def _elementwise(labels: Labels, node: fx.Node) -> Tensor:
 def _pool(labels: Labels, node: fx.Node) -> Tensor:
     shape = shape_of(node)
     if len(shape) != 4:
-        raise NotUnderstood("is followed for images only")
+        raise UnsupportedOperation("is followed for images only")
     return spread(labels.channels(node.args[0], 1), shape, 1)
 
 
@@ -202,7 +202,7 @@ def _reduce(labels: Labels, node: fx.Node) -> Tensor:
     varying = [axis for axis in range(found.dim()) if varies(compact(found), axis)]
     if set(varying) & set(axes):
         if set(varying) <= set(axes):
-            raise NotUnderstood("averages over channels")
+            raise UnsupportedOperation("averages over channels")
         for axis in axes:  # what is added up must go together
             found = labels.join_along(found, axis)
     for axis in sorted(axes, reverse=True):
@@ -223,7 +223,7 @@ def _softmax(labels: Labels, node: fx.Node) -> Tensor:
 def _product(labels: Labels, a: Tensor, b: Tensor) -> Tensor:
     """Labels of a @ b: all channels that meet in one sum go together."""
     if min(a.dim(), b.dim()) < 2:
-        raise NotUnderstood("multiplies a vector")
+        raise UnsupportedOperation("multiplies a vector")
     a, b = compact(a), compact(b)
     rows, columns = a.shape[-2], b.shape[-1]
     a, b = thin(a)[..., :, None, :], thin(b).mT[..., None, :, :]
@@ -292,7 +292,7 @@ def _split(labels: Labels, node: fx.Node) -> list[Tensor]:
         if operation(node) == "split_with_sizes":
             labels.count(node, node.args[1][i], part, axis)
         elif part.shape != parts[0].shape:
-            raise NotUnderstood("makes parts of unequal size")
+            raise UnsupportedOperation("makes parts of unequal size")
         labels.couple(twin, part)
     if operation(node) == "split":
         labels.count(node, node.args[1], parts[0], axis)
@@ -313,7 +313,7 @@ def _slice(labels: Labels, node: fx.Node) -> Tensor:
 def _index(labels: Labels, node: fx.Node) -> Tensor:
     """Positions chosen by numbers that the network holds."""
     if any(used is not None and used not in labels.known for used in node.args[1]):
-        raise NotUnderstood("chooses positions by what it computes")
+        raise UnsupportedOperation("chooses positions by what it computes")
     result = compact(aten.index(labels.of(node.args[0]), [used and labels.known[used] for used in node.args[1]]))
     labels.keep_rectangular(result)
     return result

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.core.plan import Role
-from hf_camphive.network.graph.program import Graph, module_of
+from hf_camphive.network.graph.program import TracedProgram, module_of
 
 NO_CHANNEL = -1
 Place = tuple[str, int, Role, int]  # tensor, axis, role, position
 
 
-class NotUnderstood(Exception):
+class UnsupportedOperation(Exception):
     """An operation that cannot be followed; the message completes "<operation> in <module> ..."."""
 
 
@@ -38,7 +38,7 @@ class Literal:
 class Labels:
     """What is known so far of one graph's channels; `values` holds labels or, for sizes, plain numbers."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: TracedProgram) -> None:
         self.graph = graph
         self.parent: list[int] = []  # union-find over atoms
         self.reasons: dict[int, str] = {}  # atom -> why it is frozen
@@ -132,14 +132,14 @@ class Labels:
         rows = thin(labels, keep=axis).movedim(axis, 0).reshape(labels.shape[axis], -1)
         if not ((rows == rows.amax(dim=1, keepdim=True)) | (rows == NO_CHANNEL)).all():
             if not varies(compact(labels), axis):
-                raise NotUnderstood("reads an axis whose positions mix channels")
+                raise UnsupportedOperation("reads an axis whose positions mix channels")
             rows = self.join_along(rows, 1)
         return rows.amax(dim=1)
 
     def name_of(self, tensor: object) -> str:
         """Name of a parameter or buffer. Raises where it is computed instead."""
         if not isinstance(tensor, fx.Node) or tensor not in self.graph.tensors:
-            raise NotUnderstood("computes its weight")
+            raise UnsupportedOperation("computes its weight")
         return self.graph.tensors[tensor]
 
     # What must hold of the whole

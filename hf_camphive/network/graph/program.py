@@ -17,12 +17,12 @@ from hf_camphive.network.graph import masked_norms as norms
 from hf_camphive.network.modes import keeping_modes
 
 aten = torch.ops.aten
-GONE = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm
+REMOVED_SUFFIX = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm
 Values = dict[fx.Node, object]
 
 
 @dataclass(frozen=True)
-class Graph:
+class TracedProgram:
     """Operations of a network in execution order.
 
     `tensors` maps the placeholders of parameters and buffers to their names in the network, `image` is the input
@@ -71,7 +71,7 @@ def named_tensors(net: nn.Module) -> dict[str, Tensor]:
     return dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers(remove_duplicate=False))
 
 
-def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
+def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> TracedProgram:
     """Trace a network in eval mode for images of `input_size` (C, H, W) and any batch size.
 
     Raises `ModelError` where `torch.export` cannot follow it.
@@ -94,7 +94,7 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> Graph:
     return _functional(program)
 
 
-def _functional(program: torch.export.ExportedProgram) -> Graph:
+def _functional(program: torch.export.ExportedProgram) -> TracedProgram:
     signature, graph = program.graph_signature, program.graph
     _inline_regions(program.graph_module)
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -108,7 +108,7 @@ def _functional(program: torch.export.ExportedProgram) -> Graph:
         graph, placeholders[0], {node: names[node.name] for node in placeholders if node.name in names}
     )
     (output,) = [node for node in graph.nodes if node.op == "output"]
-    return Graph(
+    return TracedProgram(
         nodes=tuple(graph.nodes),
         tensors={node: names[node.name] for node in placeholders if node.name in names}
         | {node: name for node, (name, _) in removals.items()},
@@ -165,7 +165,7 @@ def _open_norms(graph: fx.Graph, first: fx.Node, tensors: Mapping[fx.Node, str])
         if node.op != "call_function" or (norm := _norm_over_channels(node)) is None:
             continue
         open_norm, weight, extra = norm
-        name = f"{tensors.get(weight) or f'{module_of(node)}.{node.name}'}{GONE}"
+        name = f"{tensors.get(weight) or f'{module_of(node)}.{node.name}'}{REMOVED_SUFFIX}"
         if name not in by_name:
             none = torch.empty(0, dtype=torch.long, device=node.meta["val"].device)
             with graph.inserting_before(first):
@@ -238,7 +238,7 @@ def modules_of(node: fx.Node) -> tuple[str, ...]:
     return tuple(name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name)
 
 
-def block_modules(graph: Graph) -> frozenset[str]:
+def block_modules(graph: TracedProgram) -> frozenset[str]:
     """Names of all modules that do more than hold others in a row."""
     stacks = [(node.meta.get("nn_module_stack") or {}).values() for node in graph.operations]
     kinds = {name: str(kind).rpartition(".")[2] for stack in stacks for name, kind in stack}

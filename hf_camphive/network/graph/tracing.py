@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from hf_camphive.core.plan import ChannelGroup, Role, Slot
 from hf_camphive.network.graph.handlers import follow
 from hf_camphive.network.graph.labels import NO_CHANNEL, Labels, Place, thin
-from hf_camphive.network.graph.program import Graph, export_graph, operation
+from hf_camphive.network.graph.program import TracedProgram, export_graph, operation
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Trace:
     `counts` are the numbers in the network's code that change with its widths.
     """
 
-    graph: Graph
+    graph: TracedProgram
     groups: tuple[ChannelGroup, ...]
     positions: Mapping[str, int]
     sums: Mapping[str, frozenset[str]]

@@ -10,7 +10,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hf_camphive.network.graph.program import Graph, export_graph, module_of, modules_of, named_tensors, operation
+from hf_camphive.network.graph.program import (
+    TracedProgram,
+    export_graph,
+    module_of,
+    modules_of,
+    named_tensors,
+    operation,
+)
 from hf_camphive.network.modeling.modeling_camphive import Shortcut
 
 
@@ -28,7 +35,7 @@ def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
 # BatchNorm
 
 
-def foldable(graph: Graph) -> dict[fx.Node, fx.Node]:
+def foldable(graph: TracedProgram) -> dict[fx.Node, fx.Node]:
     """{batch norm: convolution} of every batch norm that can become part of the convolution whose output it alone reads.
 
     That takes running statistics, and a weight that is a tensor of the network, not worked out from one as in weight
@@ -79,7 +86,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 # Dropped blocks
 
 
-class Floor(nn.Module):
+class ChannelwiseMaximum(nn.Module):
     """y = max(x, b) [B, C, H, W], b [C]: what ReLUs with constants between them come to."""
 
     def __init__(self, floor: Tensor) -> None:
@@ -91,7 +98,7 @@ class Floor(nn.Module):
 
 
 @dataclass(frozen=True)
-class Host:
+class FoldTarget:
     """Where the constant of a dropped block goes: a convolution, and the ReLU that follows (None: none does).
 
     `gone` are the block's own operations that this saves: its add, and its ReLU.
@@ -102,9 +109,9 @@ class Host:
     gone: tuple[fx.Node, ...]
 
 
-def shortcut_hosts(
-    graph: Graph, adds: Mapping[str, tuple[fx.Node, fx.Node]], norms: Mapping[fx.Node, fx.Node]
-) -> dict[str, Host]:
+def shortcut_targets(
+    graph: TracedProgram, adds: Mapping[str, tuple[fx.Node, fx.Node]], norms: Mapping[fx.Node, fx.Node]
+) -> dict[str, FoldTarget]:
     """{module: host} of dropped blocks whose constant a convolution can take, given as {module: (add, its shortcut)}.
 
     The shortcut must be the block's very input, nothing else may read what the constant goes into, and only a ReLU may follow
@@ -119,7 +126,7 @@ def shortcut_hosts(
         found = host_of.get(value) or _host_before(value, norms)
         if found is None or (found[1] is None and len(gone) > 1):
             continue
-        hosts[module] = Host(*found, gone)
+        hosts[module] = FoldTarget(*found, gone)
         host_of[gone[-1]] = found
     return hosts
 
@@ -163,7 +170,7 @@ def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
     }
     runs = Counter(module_of(node) for node in graph.operations)
     floors: dict[str, Tensor] = {}
-    for module, host in shortcut_hosts(graph, adds, norms={}).items():
+    for module, host in shortcut_targets(graph, adds, norms={}).items():
         conv_name, relu_name = (node and module_of(node) for node in (host.conv, host.relu))
         is_plain = isinstance(net.get_submodule(conv_name), nn.Conv2d) and runs[conv_name] == 1
         if not is_plain or (
@@ -178,4 +185,4 @@ def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
         net.set_submodule(module, nn.Identity())
     for name, floor in floors.items():
         if floor.any():
-            net.set_submodule(name, Floor(floor))
+            net.set_submodule(name, ChannelwiseMaximum(floor))

@@ -18,17 +18,17 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.network.graph.blocks import Junction, affine_path, junctions
+from hf_camphive.network.graph.blocks import ResidualAdd, affine_path, residual_adds
 from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.network.surgery.implants import implanted_slots, with_centres
-from hf_camphive.pruning.merging.ridge import Reduce, Sums
+from hf_camphive.pruning.merging.ridge import NormalEquations, Reduce
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
-LEAST_ROWS = 100_000
+MIN_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
-HELD_OUT = 4  # every so many batches one is held out of a fit to choose its ridge
+HOLDOUT_STRIDE = 4  # every so many batches one is held out of a fit to choose its ridge
 Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
 
 
@@ -36,14 +36,14 @@ Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense 
 class Fit:
     """One least-squares problem: the layer `node` with this weight, fitted to the dense value `target`.
 
-    With a `junction` the target is the dense sum minus the pruned shortcut, taken back through the norms on `path`.
+    With a `residual_add` the target is the dense sum minus the pruned shortcut, taken back through the norms on `path`.
     """
 
     node: fx.Node
     weight: str
     target: fx.Node
     path: tuple[fx.Node, ...] = ()
-    junction: Junction | None = None
+    residual_add: ResidualAdd | None = None
 
 
 def reconstruct(
@@ -69,26 +69,26 @@ def reconstruct(
         ReconstructionError: A layer's activations are not finite, as after NaN in images or weights; names the layer.
     """
     pruned = mask_state(state, plan)
-    twins = _Twins(trace, plan)
+    lockstep = LockstepProgram(trace, plan)
     entries, makers = _kept_entries(plan, state), _implanted_rows(plan, state)
     images = float(reduce(torch.tensor([float(sum(map(len, batches)))], dtype=torch.float64)))
     held: list[dict[Job, Tensor]] = [{(False, trace.graph.image): batch} for batch in batches]
     start = 0
     with torch.no_grad():
-        for stop in tqdm(twins.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
-            fit = twins.fits[twins.order[stop][1]]
+        for stop in tqdm(lockstep.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
+            fit = lockstep.fits[lockstep.order[stop][1]]
             constants = (trace.graph.bind(state), trace.graph.bind(pruned))
             sums = _sums_for(fit, pruned[fit.weight], entries.get(fit.weight))
             fits_in_memory = None
             for number, earlier in enumerate(held):
-                values = twins.advance(earlier, constants, start, stop)
+                values = lockstep.advance(earlier, constants, start, stop)
                 if fits_in_memory is None:
                     fits_in_memory = sum(map(_bytes, values.values())) * len(held) <= ACTIVATION_BYTES
                 if fits_in_memory:
                     held[number] = values
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
-                rows, errors = _rows(fit, twins, values, pruned, entries.get(fit.weight), images, generator)
-                sums.add(rows, errors, held_out=number % HELD_OUT == HELD_OUT - 1)
+                rows, errors = _rows(fit, lockstep, values, pruned, entries.get(fit.weight), images, generator)
+                sums.add(rows, errors, held_out=number % HOLDOUT_STRIDE == HOLDOUT_STRIDE - 1)
             if fits_in_memory:
                 start = stop
             solution = sums.solve(ridge, reduce)
@@ -96,12 +96,12 @@ def reconstruct(
                 _fit_implants(
                     solution, sums, rows, _centres(pruned[fit.weight], entries.get(fit.weight)), ridge, reduce
                 )
-            _update(pruned, fit, twins, entries.get(fit.weight), *solution)
+            _update(pruned, fit, lockstep, entries.get(fit.weight), *solution)
             del sums  # may be hundreds of MB, which the next fit need not add to
     return pruned
 
 
-class _Twins:
+class LockstepProgram:
     """The dense and the masked network as one list of operations; what the plan does not change is computed once."""
 
     def __init__(self, trace: Trace, plan: PrunePlan) -> None:
@@ -122,8 +122,8 @@ class _Twins:
         needs = [self.job(pruned, used) for used in node.all_input_nodes if not self._is_constant(used)]
         if pruned and (fit := self.fits.get(node)):
             needs.append((False, fit.target))
-            if fit.junction:
-                needs.append(self.job(True, fit.junction.shortcut))
+            if fit.residual_add:
+                needs.append(self.job(True, fit.residual_add.shortcut))
         return needs
 
     def advance(
@@ -155,7 +155,7 @@ class _Twins:
             s.tensor for group in plan.groups for s in group.slots if s.role != "consumer" and not keep[group.name]
         }
         uses = Counter(self.tensors[u] for n in self.graph.operations for u in n.all_input_nodes if u in self.tensors)
-        repairs = {path[0]: (found, path[1:]) for found in junctions(self.graph) if (path := affine_path(found))}
+        repairs = {path[0]: (found, path[1:]) for found in residual_adds(self.graph) if (path := affine_path(found))}
         for node in self.graph.operations:
             if not any(used in self.changed or self.tensors.get(used) in cut for used in node.all_input_nodes):
                 continue
@@ -163,8 +163,8 @@ class _Twins:
             weight = self.tensors.get(node.args[1]) if operation(node) in ("conv2d", "linear") else None
             if weight is None or weight in emptied or uses[weight] > 1 or isinstance(_argument(node, 4), str):
                 continue
-            junction, path = repairs.get(node, (None, ()))
-            self.fits[node] = Fit(node, weight, junction.add if junction else node, tuple(path), junction)
+            residual_add, path = repairs.get(node, (None, ()))
+            self.fits[node] = Fit(node, weight, residual_add.add if residual_add else node, tuple(path), residual_add)
 
     def _depth_first(self) -> list[Job]:
         """All operations, each after what it needs; depth first, so that few values are held at a time."""
@@ -191,7 +191,7 @@ def _bytes(value: object) -> int:
 
 
 def _fit_implants(
-    solution: tuple[Tensor, Tensor], sums: Sums, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
+    solution: tuple[Tensor, Tensor], sums: NormalEquations, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
 ) -> None:
     """Fit the outputs `rows` anew on the kernels' centres alone, within a solution for all."""
     change, constant = solution
@@ -201,17 +201,17 @@ def _fit_implants(
     change[0, rows[:, None], centres.to(rows)] = part
 
 
-def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> Sums:
+def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> NormalEquations:
     groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
     unknowns = weight[0].numel() if entries is None else len(entries)
-    return Sums(
+    return NormalEquations(
         groups, unknowns + 1, weight.shape[0] // groups, weight.device, layer=fit.weight.removesuffix(".weight")
     )
 
 
 def _rows(
     fit: Fit,
-    twins: _Twins,
+    lockstep: LockstepProgram,
     values: Mapping[Job, Tensor],
     pruned: Mapping[str, Tensor],
     entries: Tensor | None,
@@ -219,38 +219,40 @@ def _rows(
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Sampled rows of one batch [groups, n, d], each ending in 1, and their errors [groups, n, C_out / groups]."""
-    x = values[twins.job(True, fit.node.args[0])]
+    x = values[lockstep.job(True, fit.node.args[0])]
     weight = pruned[fit.weight]
     target = values[False, fit.target]
-    if fit.junction:
-        target = target - values[twins.job(True, fit.junction.shortcut)]
+    if fit.residual_add:
+        target = target - values[lockstep.job(True, fit.residual_add.shortcut)]
     if operation(fit.node) == "linear" and target.dim() == 4:  # [N, H, W, C]
         target = target.movedim(-1, 1)
     picks = _pick(target, weight, images, generator)
     target = _at(target, picks)
     for norm in reversed(fit.path):
-        target = _before_norm(target, norm, twins.tensors, pruned)
+        target = _before_norm(target, norm, lockstep.tensors, pruned)
     patches = _patches(x, fit.node, weight, picks)
     groups = patches.shape[0]
     output = torch.einsum("gnd,god->gno", patches, weight.reshape(groups, -1, patches.shape[2]))
     if (bias := _argument(fit.node, 2)) is not None:
-        output = output + pruned[twins.tensors[bias]].view(groups, 1, -1)
+        output = output + pruned[lockstep.tensors[bias]].view(groups, 1, -1)
     errors = target.view(len(target), groups, -1).transpose(0, 1) - output
-    errors *= ~_silent(fit, twins.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
+    errors *= ~_silent(fit, lockstep.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
     if entries is not None:
         patches = patches[:, :, entries.to(patches.device)]
-    carried = constant_carrier(fit.node, twins.tensors) is not None
+    carried = constant_carrier(fit.node, lockstep.tensors) is not None
     return torch.cat([patches, patches.new_full((*patches.shape[:2], 1), float(carried))], dim=-1), errors
 
 
-def _update(pruned: State, fit: Fit, twins: _Twins, entries: Tensor | None, change: Tensor, constant: Tensor) -> None:
+def _update(
+    pruned: State, fit: Fit, lockstep: LockstepProgram, entries: Tensor | None, change: Tensor, constant: Tensor
+) -> None:
     """Write one fit's solution into the masked weights."""
     weight = pruned[fit.weight]
     flat = weight.flatten(1).clone()
     fitted = torch.arange(flat.shape[1]) if entries is None else entries
     change = change.reshape(len(flat), len(fitted)).to(flat)
     pruned[fit.weight] = flat.index_add_(1, fitted.to(flat.device), change).view_as(weight)
-    carrier = constant_carrier(fit.node, twins.tensors)
+    carrier = constant_carrier(fit.node, lockstep.tensors)
     if carrier:
         name, sign = carrier
         pruned[name] = pruned[name] + sign * constant.reshape(-1).to(pruned[name])
@@ -307,7 +309,7 @@ def _centres(weight: Tensor, entries: Tensor | None) -> Tensor:
 def _pick(target: Tensor, weight: Tensor, images: float, generator: torch.Generator) -> Tensor:
     """Which rows of this batch enter the fit: flat indices over images and positions, as many from each image."""
     available = target.shape[0] * prod(target.shape[2:]) if target.dim() == 4 else target.shape[:-1].numel()
-    wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * weight[0].numel()) * target.shape[0] / images
+    wanted = max(MIN_ROWS, ROWS_PER_UNKNOWN * weight[0].numel()) * target.shape[0] / images
     if available <= wanted:
         return torch.arange(available)
     return torch.randperm(available, generator=generator)[: ceil(wanted)]

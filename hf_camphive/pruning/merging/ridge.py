@@ -12,7 +12,7 @@ LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Sums:
+class NormalEquations:
     """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64.
 
     Some batches are held out, to choose the ridge by what helps on images that the fit has not seen. `layer` names the fit in
@@ -66,12 +66,12 @@ class Sums:
             solution[best == len(candidates)] = 0
         return solution[:, :-1].mT, solution[:, -1]
 
-    def part(self, unknowns: Tensor, outputs: Tensor) -> "Sums":
+    def part(self, unknowns: Tensor, outputs: Tensor) -> "NormalEquations":
         """The sums of a smaller fit without convolution groups: some outputs [m] on some unknowns [n]."""
         constant = self.products.shape[2] - 1
         kept = torch.cat([unknowns, unknowns.new_tensor([constant])]).to(self.products.device)
         columns = torch.cat([kept, constant + 1 + outputs.to(kept)])
-        small = Sums(1, len(kept), len(outputs), layer=self.layer)
+        small = NormalEquations(1, len(kept), len(outputs), layer=self.layer)
         small.products, small.rows = self.products[:, :, kept][..., columns], self.rows
         return small
 

@@ -20,7 +20,7 @@ from hf_camphive.pruning.merging.reconstruction import Reduce, constant_carrier,
 
 
 @dataclass(frozen=True)
-class Removal:
+class ConsumerCut:
     """One consumer's view of a cut: kept channels, (removed, receiver) pairs, and moments of what it reads.
 
     `mean` is [C] and `second` [C, C], over images and positions; a rule that does not look at data gets None.
@@ -42,50 +42,50 @@ class Removal:
 Mixture = tuple[Tensor, Tensor]  # rows [C, C] (zero but for removed channels) and the constant left over [C]
 
 
-def none(removal: Removal) -> Mixture:
-    """a_s ~ 0: plain removal."""
-    size = removal.size
+def none(cut: ConsumerCut) -> Mixture:
+    """a_s ~ 0: plain cut."""
+    size = cut.size
     return torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
 
 
-def cyclic(removal: Removal) -> Mixture:
+def cyclic(cut: ConsumerCut) -> Mixture:
     """a_s ~ 0.5 a_t for the cyclic pair (s, t): CAMP-HiVe's merge (arXiv:2511.06265), on channels, not single weights."""
-    rows, constant = none(removal)
-    for s, t in removal.pairs:
+    rows, constant = none(cut)
+    for s, t in cut.pairs:
         rows[s, t] = 0.5
     return rows, constant
 
 
-def cyclic_ls(removal: Removal) -> Mixture:
+def cyclic_ls(cut: ConsumerCut) -> Mixture:
     """a_s ~ beta a_t for the cyclic pair, beta = E[a_s a_t] / E[a_t^2]."""
-    rows, constant = none(removal)
-    for s, t in removal.pairs:
-        rows[s, t] = removal.second[s, t] / removal.second[t, t].clamp_min(1e-30)
+    rows, constant = none(cut)
+    for s, t in cut.pairs:
+        rows[s, t] = cut.second[s, t] / cut.second[t, t].clamp_min(1e-30)
     return rows, constant
 
 
-def nearest(removal: Removal) -> Mixture:
+def nearest(cut: ConsumerCut) -> Mixture:
     """a_s ~ beta a_t with the kept t that explains a_s best: max E[a_s a_t]^2 / E[a_t^2]."""
-    rows, constant = none(removal)
-    keep = list(removal.keep)
-    squares = removal.second.diagonal()[keep].clamp_min(1e-30)
-    for s in removal.removed:
-        products = removal.second[s, keep]
+    rows, constant = none(cut)
+    keep = list(cut.keep)
+    squares = cut.second.diagonal()[keep].clamp_min(1e-30)
+    for s in cut.removed:
+        products = cut.second[s, keep]
         best = int((products.square() / squares).argmax())
         rows[s, keep[best]] = products[best] / squares[best]
     return rows, constant
 
 
-def lstsq(removal: Removal) -> Mixture:
+def lstsq(cut: ConsumerCut) -> Mixture:
     """a_s ~ R_s a_K + c_s by ridge regression on all kept channels K: R = S_PK (S_KK + r I)^-1 with covariances S."""
-    rows, constant = none(removal)
-    keep, removed = list(removal.keep), removal.removed
-    covariance = removal.second - torch.outer(removal.mean, removal.mean)
+    rows, constant = none(cut)
+    keep, removed = list(cut.keep), cut.removed
+    covariance = cut.second - torch.outer(cut.mean, cut.mean)
     kept = covariance[keep][:, keep]
-    damping = (removal.ridge * kept.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(keep), dtype=kept.dtype)
+    damping = (cut.ridge * kept.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(keep), dtype=kept.dtype)
     solution = torch.linalg.solve(kept + damping, covariance[keep][:, removed]).T
     rows[torch.tensor(removed)[:, None], torch.tensor(keep)[None, :]] = solution
-    constant[removed] = removal.mean[removed] - solution @ removal.mean[keep]
+    constant[removed] = cut.mean[removed] - solution @ cut.mean[keep]
     return rows, constant
 
 
@@ -93,7 +93,7 @@ def lstsq(removal: Removal) -> Mixture:
 class MergeRule:
     """A rule, what it needs, and whether BatchNorm statistics must be recalibrated after it."""
 
-    mix: Callable[[Removal], Mixture] | None
+    mix: Callable[[ConsumerCut], Mixture] | None
     looks_at_data: bool = False
     pairs: bool = False
     recalibrate: bool = True
@@ -153,7 +153,7 @@ def merge(
         if moments:
             per_group = state[slot.tensor].shape[1]
             mean, second = _on_channels(moments[layers[slot.tensor]], slot, group.size, per_group)
-        rows, constant = rule.mix(Removal(group.size, keep, pairs[group.name], mean, second, config.ridge))
+        rows, constant = rule.mix(ConsumerCut(group.size, keep, pairs[group.name], mean, second, config.ridge))
         merged[slot.tensor], extra = _mixed(merged[slot.tensor], slot, rows, constant)
         carrier = constant_carrier(layers[slot.tensor], trace.graph.tensors)
         if carrier and extra.any():

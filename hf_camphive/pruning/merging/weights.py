@@ -9,22 +9,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.pruning.scoring.context import Evidence
+from hf_camphive.pruning.scoring.context import ScoringContext
 from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
 
 COEFFICIENTS = {"cyclic": 0.5, "none": 0.0}  # of a zeroed weight in the one that takes it up, by merge rule
 
 
-def zero_weights(evidence: Evidence) -> dict[str, Tensor]:
+def zero_weights(context: ScoringContext) -> dict[str, Tensor]:
     """New conv and linear weights, of which `sparsity` of each tensor are zero: those of the least |v_i|.
 
     v is the dominant eigenvector of H in weight space (CAMP-HiVe, arXiv:2511.06265). Deviation: the authors' code zeroes
     norms' gains and biases as well, which empties channels by accident; these stay here.
     """
-    config, state = evidence.config, evidence.state
+    config, state = context.config, context.state
     return {
         name: merge_weights(state[name], v.abs(), config.sparsity, COEFFICIENTS[config.merge])
-        for name, v in dominant_eigenvector(evidence).items()
+        for name, v in dominant_eigenvector(context).items()
     }
 
 

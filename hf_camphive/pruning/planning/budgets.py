@@ -9,7 +9,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.measures import format_cost
 from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan
-from hf_camphive.pruning.planning.costs import Budgeted, Costs
+from hf_camphive.pruning.planning.costs import CostModel, Costs
 from hf_camphive.pruning.planning.greedy import how_to_reach_lower, smallest
 
 
@@ -21,7 +21,7 @@ def absolute(budgets: Costs, dense: Costs) -> dict[str, float]:
     }
 
 
-def next_targets(network: Budgeted, earlier: Sequence[PrunePlan], config: CampHiVeConfig) -> dict[str, float]:
+def next_targets(network: CostModel, earlier: Sequence[PrunePlan], config: CampHiVeConfig) -> dict[str, float]:
     """The costs after the next cycle: with n cycles to go each leaves (target / now)^(1/n) of what there is now.
 
     Raises `PlanError` on a budget that asks for nothing, or for more than the floors allow.

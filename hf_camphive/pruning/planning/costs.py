@@ -25,7 +25,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Part:
+class CostTerm:
     """A weight or an operation, and what it costs at given widths.
 
     It is gone once the residual branch that holds it is dropped; with `replaces`, it is there only then.
@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Budgeted:
+class CostModel:
     """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its costs.
 
     MACs per image = sum over weights of positions[weight] * product of shapes[weight]; `parameters` names what counts as
@@ -58,7 +58,7 @@ class Budgeted:
     positions: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str] = frozenset()
-    operations: tuple[Part, ...] = ()
+    operations: tuple[CostTerm, ...] = ()
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -75,7 +75,7 @@ class Budgeted:
         found = {cost: sum(part.at(kept, ()) for part in self.parts(cost)) for cost in ("macs", "params", "latency")}
         return {cost: value for cost, value in found.items() if value}
 
-    def parts(self, cost: str) -> tuple[Part, ...]:
+    def parts(self, cost: str) -> tuple[CostTerm, ...]:
         """The parts that a cost is the sum of."""
         if cost == "latency":
             return self.operations
@@ -83,19 +83,19 @@ class Budgeted:
             return tuple(self._weights(self.positions))
         return tuple(self._weights(dict.fromkeys(self.parameters, 1))) + tuple(self._constants())
 
-    def _weights(self, counts: Mapping[str, int]) -> Iterator[Part]:
+    def _weights(self, counts: Mapping[str, int]) -> Iterator[CostTerm]:
         widths = axis_widths(self.groups, self.shapes)
         branch = {tensor: branch.module for branch in self.branches for tensor in branch.tensors}
         for name, count in counts.items():
             axes = tuple(widths.get((name, axis), Width(size)) for axis, size in enumerate(self.shapes[name]))
-            yield Part(axes, lambda *sizes, count=count: count * prod(sizes), branch.get(name))
+            yield CostTerm(axes, lambda *sizes, count=count: count * prod(sizes), branch.get(name))
 
-    def _constants(self) -> Iterator[Part]:
+    def _constants(self) -> Iterator[CostTerm]:
         """The constant [C] that a dropped branch leaves on the residual stream is a parameter too."""
         widths = axis_widths(self.groups, self.shapes)
         for branch in self.branches:
             streams = (stream_width(branch, widths),)
-            yield Part(streams, lambda *sizes: sum(sizes), branch.module, replaces=True)
+            yield CostTerm(streams, lambda *sizes: sum(sizes), branch.module, replaces=True)
 
 
 def stream_width(branch: Branch, widths: Mapping[tuple[str, int], Width]) -> Width:

@@ -15,11 +15,11 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.measures import format_cost
 from hf_camphive.core.plan import Budget, ChannelCut, ChannelGroup, PrunePlan
-from hf_camphive.pruning.planning.costs import Budgeted, Costs
+from hf_camphive.pruning.planning.costs import CostModel, Costs
 
 
 def make_plan(
-    network: Budgeted, scores: Mapping[str, Tensor], targets: Costs | float, config: CampHiVeConfig
+    network: CostModel, scores: Mapping[str, Tensor], targets: Costs | float, config: CampHiVeConfig
 ) -> PrunePlan:
     """Remove the channels with the least score per cost saved until every budget is met.
 
@@ -37,7 +37,7 @@ def make_plan(
     Raises `PlanError` where the floors do not let the budgets be met, with the smallest that can be.
     """
     targets = dict(targets) if isinstance(targets, Mapping) else {"macs": targets}
-    removal = _Removal(network, scores, targets, config)
+    removal = _GreedyPruner(network, scores, targets, config)
     before = dict(removal.totals)
     if removal.is_done():
         raise PlanError(
@@ -63,15 +63,15 @@ def make_plan(
     )
 
 
-def smallest(network: Budgeted, costs: Iterable[str], config: CampHiVeConfig) -> dict[str, float]:
+def smallest(network: CostModel, costs: Iterable[str], config: CampHiVeConfig) -> dict[str, float]:
     """What is left of each cost when every group is cut down to its floor."""
-    removal = _Removal(network, {}, dict.fromkeys(costs, 0), config)
+    removal = _GreedyPruner(network, {}, dict.fromkeys(costs, 0), config)
     while removal.remove_next():
         pass
     return {cost: removal.totals[cost] for cost in removal.targets}
 
 
-def _out_of_reach(network: Budgeted, targets: Costs, before: Costs, least: Costs, config: CampHiVeConfig) -> str:
+def _out_of_reach(network: CostModel, targets: Costs, before: Costs, least: Costs, config: CampHiVeConfig) -> str:
     unmet = {cost: target for cost, target in targets.items() if least[cost] > target}
     return "; ".join(
         f"a budget of {format_cost(cost, target)} ({target / before[cost]:.1%}) cannot be met: with "
@@ -103,11 +103,11 @@ class _Step:
     saved: Costs
 
 
-class _Removal:
+class _GreedyPruner:
     """The state of one greedy descent: how many channels each group still has, and what the next steps would cost."""
 
     def __init__(
-        self, network: Budgeted, scores: Mapping[str, Tensor], targets: Costs, config: CampHiVeConfig
+        self, network: CostModel, scores: Mapping[str, Tensor], targets: Costs, config: CampHiVeConfig
     ) -> None:
         self.targets, self.round_to, self.threshold = targets, config.width_step, config.threshold
         self.looks_ahead = "latency" in targets

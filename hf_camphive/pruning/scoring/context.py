@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.curvature.eigensolvers import State
+from hf_camphive.curvature.eigensolvers import SolverState
 from hf_camphive.curvature.gates import GateSpace, gate_gradients, gate_space
 from hf_camphive.curvature.operators import Batch, curvature_cotangent, label_cotangent
 from hf_camphive.network.graph.tracing import Trace
@@ -19,16 +19,16 @@ Scores = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Memory(Protocol):
+class SolverCheckpoint(Protocol):
     """Where the state of an iteration outlives an interruption."""
 
-    def load(self) -> State | None: ...
+    def load(self) -> SolverState | None: ...
 
-    def save(self, state: State) -> None: ...
+    def save(self, state: SolverState) -> None: ...
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ScoringContext:
     """What a criterion may look at: the traced network with its weights, and this process's calibration images.
 
     `indices` number the images over all processes, so that what is drawn at random for an image does not depend on how
@@ -45,7 +45,7 @@ class Evidence:
     config: CampHiVeConfig
     reduce: Reduce = lambda tensor: tensor
     progress: bool = False
-    memory: Memory | None = None
+    memory: SolverCheckpoint | None = None
 
     @property
     def gates(self) -> GateSpace:

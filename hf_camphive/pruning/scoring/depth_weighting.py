@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_camphive.core.plan import ChannelGroup
 
 EARLY_WEIGHTS = (1 / 4, 1 / 16)
-WORTH_IT = 0.9  # what a trial must bring the loss down to: less may be luck of the few images that judge
+MIN_IMPROVEMENT = 0.9  # what a trial must bring the loss down to: less may be luck of the few images that judge
 
 
 def weighed(scores: Mapping[str, Tensor], groups: Sequence[ChannelGroup], early_weight: float) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def best_early_weight(loss: Callable[[float], float]) -> float:
     best, least = 1.0, loss(1.0)
     for weight in EARLY_WEIGHTS:
         found = loss(weight)
-        if not found <= WORTH_IT * least:
+        if not found <= MIN_IMPROVEMENT * least:
             break
         best, least = weight, found
     return best

@@ -9,29 +9,29 @@ from torch import Tensor
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature.operators import gate_curvature
 from hf_camphive.network.graph.blocks import exterior_groups
-from hf_camphive.pruning.scoring.context import Evidence, Scores
+from hf_camphive.pruning.scoring.context import Scores, ScoringContext
 from hf_camphive.pruning.scoring.weight_space import _free
 
 
-def sosp_h(evidence: Evidence) -> Scores:
+def sosp_h(context: ScoringContext) -> Scores:
     """|g_c| + 1/2 |(A 1)_c|: g the mean gate gradient, A the gate Hessian, one product in all (SOSP, arXiv:2110.11395).
 
     In the paper's words |theta_s . dL| + 1/2 |theta_s^T H sum_s' theta_s'|, with theta_s the weights of structure s;
     here those that read the channel, so that coupled channels are one structure. H is the matrix that `curvature` names.
     """
-    gates = evidence.gates
+    gates = context.gates
     gradient = torch.zeros(gates.size, dtype=torch.float64)
-    for gradients in evidence.label_gradients("Score (sosp-h), gradient"):
+    for gradients in context.label_gradients("Score (sosp-h), gradient"):
         gradient += gradients.sum(0).cpu()
-    gradient = evidence.reduce(gradient) / evidence.total
-    batches = list(zip(evidence.images, evidence.labels))
-    options = {"total": evidence.total, "reduce": evidence.reduce, "progress": evidence.progress}
-    matrix = gate_curvature(evidence.trace, evidence.state, gates, batches, evidence.config.curvature, **options)
+    gradient = context.reduce(gradient) / context.total
+    batches = list(zip(context.images, context.labels))
+    options = {"total": context.total, "reduce": context.reduce, "progress": context.progress}
+    matrix = gate_curvature(context.trace, context.state, gates, batches, context.config.curvature, **options)
     curved = matrix(torch.ones(gates.size, dtype=torch.float64))
     return gates.split(gradient.abs() + 0.5 * curved.abs())
 
 
-def sosp_i(evidence: Evidence) -> Scores:
+def sosp_i(context: ScoringContext) -> Scores:
     """The greedy marginals of lambda(M) = sum_{s in M} |g_s| + 1/2 sum_{s, s' in M} |G_ss'| (SOSP, arXiv:2110.11395).
 
     g is the mean gate gradient at the true labels, G the Gauss-Newton gate matrix [S, S] with all terms between layers.
@@ -39,22 +39,22 @@ def sosp_i(evidence: Evidence) -> Scores:
     (`greedy_marginals`), so that the order of the scores is the greedy order. With `threshold="adaptive"` the choice is
     by marginal per MAC, as the plan's is, else by the marginal itself, as in the paper.
 
-    Deviation: G is mean_n g_n g_n^T with one random g_n an image (`Evidence.model_gradients`), which is G in expectation.
+    Deviation: G is mean_n g_n g_n^T with one random g_n an image (`ScoringContext.model_gradients`), which is G in expectation.
     """
-    gates = evidence.gates
+    gates = context.gates
     gradient = torch.zeros(gates.size, dtype=torch.float64)
-    for gradients in evidence.label_gradients("Score (sosp-i), gradient"):
+    for gradients in context.label_gradients("Score (sosp-i), gradient"):
         gradient += gradients.sum(0).cpu()
-    rows = torch.zeros(evidence.total, gates.size)
-    for gradients, numbers in zip(evidence.model_gradients("Score (sosp-i), matrix"), evidence.indices):
+    rows = torch.zeros(context.total, gates.size)
+    for gradients, numbers in zip(context.model_gradients("Score (sosp-i), matrix"), context.indices):
         rows[numbers.cpu()] = gradients.float().cpu()
-    gradient, rows = evidence.reduce(gradient) / evidence.total, evidence.reduce(rows) / evidence.total**0.5
+    gradient, rows = context.reduce(gradient) / context.total, context.reduce(rows) / context.total**0.5
 
     def row(s: int) -> Tensor:
         return (rows[:, s] @ rows).abs()
 
     costs, candidates = torch.ones(gates.size, dtype=torch.float64), torch.zeros(gates.size, dtype=torch.bool)
-    for name, cost in channel_costs(evidence).items():
+    for name, cost in channel_costs(context).items():
         costs[gates.slices[name]], candidates[gates.slices[name]] = cost, True
     alone = gradient.abs() + 0.5 * rows.double().square().sum(0)
     return gates.split(greedy_marginals(alone, row, costs, candidates))
@@ -77,23 +77,23 @@ def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor,
     return marginals
 
 
-def channel_costs(evidence: Evidence) -> dict[str, float]:
+def channel_costs(context: ScoringContext) -> dict[str, float]:
     """What a channel of each group in the run's scope costs a greedy choice: its MACs at full width, or 1 with thresholds."""
-    exterior = exterior_groups(evidence.trace) if evidence.config.scope == "interior" else ()
-    adaptive = evidence.config.threshold == "adaptive"
+    exterior = exterior_groups(context.trace) if context.config.scope == "interior" else ()
+    adaptive = context.config.threshold == "adaptive"
     return {
-        group.name: max(1, _macs_of_a_channel(evidence, group)) if adaptive else 1
-        for group in _free(evidence.trace)
+        group.name: max(1, _macs_of_a_channel(context, group)) if adaptive else 1
+        for group in _free(context.trace)
         if group.name not in exterior
     }
 
 
-def _macs_of_a_channel(evidence: Evidence, group: ChannelGroup) -> int:
+def _macs_of_a_channel(context: ScoringContext, group: ChannelGroup) -> int:
     """MACs per image that removing one channel of the group saves at full width."""
     saved = 0
     for slot in group.slots:
-        if slot.tensor in evidence.trace.positions:
-            shape = evidence.state[slot.tensor].shape
+        if slot.tensor in context.trace.positions:
+            shape = context.state[slot.tensor].shape
             elements = shape.numel() // shape[slot.axis] * (len(slot.index) // group.size)
-            saved += evidence.trace.positions[slot.tensor] * elements
+            saved += context.trace.positions[slot.tensor] * elements
     return saved

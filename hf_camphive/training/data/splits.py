@@ -30,7 +30,7 @@ _CALIBRATION, _VALIDATION, _LIMIT = range(3)  # streams of random numbers
 
 
 @dataclass(frozen=True)
-class Part:
+class RowSubset:
     """Rows of a split that serve one role, in the order in which they are read."""
 
     split: str
@@ -80,7 +80,7 @@ def divide(
     calibration_split: str | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-) -> dict[str, Part]:
+) -> dict[str, RowSubset]:
     """Which rows of which split serve which role, from the labels of every split.
 
     Every choice is stratified and seeded. Calibration rows are training rows, or else taken away from the evaluation
@@ -119,7 +119,7 @@ def divide(
             raise DataError(
                 f"no row is left for {role} in split {split!r} of {len(labels[split])} rows; give more rows"
             )
-    return {role: Part(split, rows, len(labels[split])) for role, (split, rows) in chosen.items()}
+    return {role: RowSubset(split, rows, len(labels[split])) for role, (split, rows) in chosen.items()}
 
 
 def divide_streams(

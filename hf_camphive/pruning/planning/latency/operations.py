@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from hf_camphive.core.plan import Branch
 from hf_camphive.network.graph.blocks import operations_inside
-from hf_camphive.network.graph.program import Graph, operation
+from hf_camphive.network.graph.program import TracedProgram, operation
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.network.surgery.folding import foldable, shortcut_hosts
+from hf_camphive.network.surgery.folding import foldable, shortcut_targets
 from hf_camphive.pruning.planning.costs import Width, axis_widths
 
 _FREE = ("dropout", "feature_dropout", "detach", "alias", "to", "_to_copy", "contiguous", "lift_fresh_copy")
@@ -100,7 +100,9 @@ def network_operations(
     return tuple(found)
 
 
-def _emptied_blocks(graph: Graph, branches: Iterable[Branch], norms: Mapping[fx.Node, fx.Node]) -> dict[str, str]:
+def _emptied_blocks(
+    graph: TracedProgram, branches: Iterable[Branch], norms: Mapping[fx.Node, fx.Node]
+) -> dict[str, str]:
     """{operation: module} of those outside a branch that go with it all the same when the network is folded, by name."""
     nodes = {node.name: node for node in graph.operations}
     adds = {}
@@ -108,7 +110,7 @@ def _emptied_blocks(graph: Graph, branches: Iterable[Branch], norms: Mapping[fx.
         shortcuts = [used for used in nodes[branch.add].all_input_nodes if used.name != branch.output]
         if len(shortcuts) == 1:
             adds[branch.module] = nodes[branch.add], shortcuts[0]
-    hosts = shortcut_hosts(graph, adds, norms)
+    hosts = shortcut_targets(graph, adds, norms)
     return {node.name: module for module, host in hosts.items() for node in host.gone}
 
 

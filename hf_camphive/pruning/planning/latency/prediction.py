@@ -26,14 +26,14 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.modeling.modeling_camphive import Shortcut, resize, widths_of
 from hf_camphive.network.surgery.folding import fold
-from hf_camphive.pruning.planning.costs import Part, axis_widths, stream_width
+from hf_camphive.pruning.planning.costs import CostTerm, axis_widths, stream_width
 from hf_camphive.pruning.planning.latency.operations import Operation, network_operations
 from hf_camphive.pruning.planning.latency.timing import LatencyTable, Prepare
 
 logger = logging.getLogger(__name__)
 ALIGNED = 8
-MOST_POINTS = {1: 16, 2: 8}  # of the grid along each axis, by number of axes
-ALIKE = 0.02  # singular values below this share of the largest count as zero
+MAX_GRID_POINTS = {1: 16, 2: 8}  # of the grid along each axis, by number of axes
+RANK_TOLERANCE = 0.02  # singular values below this share of the largest count as zero
 
 
 # The grid
@@ -96,7 +96,7 @@ def _bracket(points: Sequence[int], value: int) -> tuple[int, int, float]:
 def grid_of(op: Operation, sizes: Mapping[str, int], floor: Mapping[str, int], step: int) -> Grid:
     """Where to time an operation if widths go in steps of `step`; groups absent from `floor` keep their size."""
     varying = [width for width in op.widths if any(group in floor for group, _ in width.groups)]
-    most = MOST_POINTS.get(len(varying), 2)
+    most = MAX_GRID_POINTS.get(len(varying), 2)
     axes = []
     for width in op.widths:
         full = width.at(sizes)
@@ -137,7 +137,7 @@ def latency_parts(
     folded: bool,
     step: int,
     progress: bool = False,
-) -> tuple[Part, ...]:
+) -> tuple[CostTerm, ...]:
     """The operations of `net` as parts whose costs are milliseconds for a batch of `batch` images, eval mode, channels_last.
 
     `floor` are the fewest channels of each group that may change (`limits.floors`), `step` is what widths are multiples of.
@@ -177,7 +177,7 @@ def latency_parts(
     scale, overhead = fit([(sum(found), len(found)) for found in sums], [table.ms[key] for _, key in samples])
     logger.debug("Latency: %.3f times the sum of the operations, and %.4f ms for each", scale, overhead)
     return tuple(
-        Part(op.widths, lambda *found, time=time: scale * time(*found) + overhead, op.branch)
+        CostTerm(op.widths, lambda *found, time=time: scale * time(*found) + overhead, op.branch)
         for op, time in zip(operations, times)
     )
 
@@ -190,7 +190,9 @@ def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple
     """
     shares = torch.tensor(totals, dtype=torch.float64) / torch.tensor(measured, dtype=torch.float64)[:, None]
     lengths = shares.norm(dim=0)
-    found = torch.linalg.lstsq(shares / lengths, torch.ones(len(shares), 1).double(), rcond=ALIKE, driver="gelsd")
+    found = torch.linalg.lstsq(
+        shares / lengths, torch.ones(len(shares), 1).double(), rcond=RANK_TOLERANCE, driver="gelsd"
+    )
     scale, overhead = (found.solution[:, 0] / lengths).tolist()
     if found.rank == 2 and scale > 0 and overhead >= 0:
         return scale, overhead

@@ -18,7 +18,7 @@ from hf_camphive.core.runtime import environment
 
 logger = logging.getLogger(__name__)
 SCHEMA = 3
-CALLS, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
+CALLS, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
 CHUNK = 512  # entries that take turns, and are then kept
 LOCK_SECONDS = 60.0  # that a process waits for others to write, which takes them milliseconds
 
@@ -109,9 +109,9 @@ def typical_times(works: Mapping[str, Prepare], device: torch.device, progress: 
             bar.update()
 
     began = time.perf_counter()
-    with torch.no_grad(), tqdm(desc="Time layers", total=LEAST_ROUNDS * len(works), disable=not progress) as bar:
+    with torch.no_grad(), tqdm(desc="Time layers", total=MIN_ROUNDS * len(works), disable=not progress) as bar:
         take_turns()
-        rounds = min(max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - began))), MOST_ROUNDS)
+        rounds = min(max(MIN_ROUNDS, int(SECONDS / (time.perf_counter() - began))), MAX_ROUNDS)
         bar.total = rounds * len(works)
         for _ in range(rounds - 1):
             take_turns()
