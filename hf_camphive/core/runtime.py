@@ -1,21 +1,29 @@
-"""How the program was launched: this process's `Accelerator`, and what only the main process shows."""
+"""This process and the others of its launch: `Workers`, the `Accelerator`, versions and hardware, memory allocation."""
 
 import ctypes
 import logging
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 def make_accelerator(config: CampHiVeConfig) -> Accelerator:
@@ -51,16 +59,78 @@ def make_accelerator(config: CampHiVeConfig) -> Accelerator:
     return accelerator
 
 
-def progress_bar(accelerator: Accelerator, description: str, total: int | None, unit: str) -> tqdm:
-    """A progress bar on the main process, and on no other."""
-    return tqdm(
-        desc=description,
-        total=total,
-        unit=unit,
-        leave=False,
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )
+class Workers:
+    """The processes of one launch, as the code that runs on each of them sees them.
+
+    Sums and broadcasts over all processes, and progress bars that one process per machine shows. Without an accelerator:
+    this process alone, on the CPU. `shows` switches the bars on or off; by default they are on with an accelerator.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None, shows: bool | None = None) -> None:
+        self._accelerator = accelerator
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.index = 0 if accelerator is None else accelerator.process_index
+        self.device = torch.device("cpu") if accelerator is None else accelerator.device
+        self.is_main = self.index == 0
+        self.shows = (accelerator is not None and accelerator.is_local_main_process) if shows is None else shows
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, on the tensor's own device."""
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor.to(self.device), reduction="sum").to(tensor.device)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's value on every process; what the others pass is ignored."""
+        return value if self.count == 1 else broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+    def bar(self, description: str, unit: str, total: int | None = None, done: int = 0) -> tqdm:
+        """Return a progress bar, shown by one process per machine; `done` of `total` units are done already."""
+        return tqdm(
+            desc=description,
+            unit=unit,
+            total=total,
+            initial=done,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self.shows,
+        )
+
+    def track(self, items: Sequence[Item], description: str, unit: str) -> Iterator[Item]:
+        """Yield the items while a progress bar counts them."""
+        with self.bar(description, unit, len(items)) as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+
+@dataclass
+class RunLog:
+    """What a reader should know of a run: wall-clock seconds by step, and notes in whole sentences."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the time that passes inside to the step's seconds."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def note(self, text: str) -> None:
+        """Add a note, and log it."""
+        self.notes.append(text)
+        logger.info(text)
+
+
+ALONE = Workers()
+"""This process alone, which shows no progress: what curvature and merging run on where nothing else is given."""
 
 
 def environment(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:

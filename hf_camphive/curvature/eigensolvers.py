@@ -10,17 +10,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_camphive.core.errors import CurvatureError
+from hf_camphive.core.runtime import ALONE, Workers
 
 Product = Callable[[Tensor], Tensor]
 SolverState = dict[str, Tensor]  # where an iteration stands, as tensors that safetensors can hold
 LARGEST_DENSE = 8192  # rows: 0.5 GiB in float64, and minutes for its eigenvalues
 _ASYMMETRY = 0.1  # far above the rounding of half precision, far below what dropout does
+
+
+class SolverCheckpoint(Protocol):
+    """Where the state of an iteration is kept, so that an interrupted one can go on."""
+
+    def load(self) -> SolverState | None: ...
+
+    def save(self, state: SolverState) -> None: ...
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How far an eigensolver iterates, and in which numbers.
+
+    It stops after `steps` steps, or once every residual ||A v - lambda v|| / |lambda| is at most `tolerance`. Random
+    starts are drawn from `generator`; vectors are held in `dtype` on `device`. With a `checkpoint` the state is saved
+    after each step that another one follows, and the iteration starts from what the checkpoint holds.
+    """
+
+    steps: int
+    tolerance: float
+    generator: torch.Generator
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    checkpoint: SolverCheckpoint | None = None
+
+    def resumed(self) -> SolverState | None:
+        """Return the state that an interrupted iteration left, or None."""
+        return None if self.checkpoint is None else self.checkpoint.load()
+
+    def keep(self, state: SolverState) -> None:
+        """Save a state, where there is a checkpoint."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(state)
 
 
 class Outcome(Enum):
@@ -69,34 +104,28 @@ def power_iteration(
     product: Product,
     size: int,
     k: int,
+    options: SolverOptions,
     *,
-    steps: int,
-    tolerance: float,
-    generator: torch.Generator,
     oversample: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    start: SolverState | None = None,
-    keep: Callable[[SolverState], None] | None = None,
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Eigenpairs:
-    """Top k eigenpairs by block power iteration with Rayleigh-Ritz: V <- eigenvectors of A in span(A V).
+    """Find the top k eigenpairs by block power iteration with Rayleigh-Ritz: V <- eigenvectors of A in span(A V).
 
-    CAMP-HiVe (arXiv:2511.06265) with k = 1. Stops when every residual is at most `tolerance`: the scores use the vectors,
-    and an eigenvalue settles long before its vector does. `oversample` further vectors make it converge at the rate
-    |lambda_(k + oversample + 1) / lambda_k|. `keep` is given the state after each step that another one follows; with it
-    as `start` an interrupted iteration ends as if it had not been.
+    CAMP-HiVe (arXiv:2511.06265) with k = 1. The iteration stops on the residual: the scores use the vectors, and an
+    eigenvalue settles long before its vector does. `oversample` further vectors make it converge at the rate
+    |lambda_(k + oversample + 1) / lambda_k|. An iteration resumed from its checkpoint ends as if it had never stopped.
 
-    Raises `CurvatureError` on products that are not finite, of another shape, or not symmetric.
+    Raises:
+        CurvatureError: A product is not finite, has another shape, or is not that of a symmetric matrix.
     """
+    steps, tolerance, dtype, device = options.steps, options.tolerance, options.dtype, options.device
     k = _at_most(k, size)
     width = min(k + oversample, size)
-    done, basis = 0, None
-    if start is not None:
+    if (start := options.resumed()) is not None:
         done, basis = int(start["steps"]), _kept(start["block"], size, width).to(dtype).to(device)
     else:
-        basis = _orthonormal(random_block(size, width, generator, dtype, device))
-    with progress_bar("Power iteration", "step", steps, done, progress) as bar:
+        done, basis = 0, _orthonormal(random_block(size, width, options.generator, dtype, device))
+    with workers.bar("Power iteration", "step", steps, done) as bar:
         for step in count(done + 1):
             image = checked(product, basis, f"power iteration, step {step}")
             projected = _symmetric(basis.T @ image, image.norm(), f"power iteration, step {step}")
@@ -110,8 +139,7 @@ def power_iteration(
             if outcome is Outcome.CONVERGED or step >= steps:
                 break
             basis = _orthonormal(image)
-            if keep is not None:
-                keep({"block": basis, "steps": torch.tensor(step)})
+            options.keep({"block": basis, "steps": torch.tensor(step)})
     found = (values[:k].to(basis), vectors[:, :k], residuals.to(basis))
     return Eigenpairs(*found, "power iteration", tolerance, step, step * width, outcome)
 
@@ -120,40 +148,39 @@ def lanczos(
     product: Product,
     size: int,
     k: int,
+    options: SolverOptions,
     *,
-    steps: int,
-    tolerance: float,
-    generator: torch.Generator,
     block: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    start: SolverState | None = None,
-    keep: Callable[[SolverState], None] | None = None,
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Eigenpairs:
-    """Top k eigenpairs by block Lanczos with full reorthogonalisation, in blocks of k vectors unless `block` says otherwise.
+    """Find the top k eigenpairs by block Lanczos with full reorthogonalisation, in blocks of k vectors or of `block`.
 
     Q grows by A Q_last, orthogonalised twice against all of Q (Golub and Van Loan, Matrix Computations, section 10.3);
     Ritz pairs are those of Q^T A Q. Each step bounds the residuals by the norm of what A Q_last adds beyond Q; at the end
     they are measured by k further products. Where nothing is added (an invariant subspace), a fresh random direction is.
     Eigenvalues of multiplicity up to `block` are found; smaller blocks need fewer products and miss copies beyond that.
 
-    Holds Q [n, steps * block], which the state given to `keep` includes; see `power_iteration` for `start` and errors.
+    Holds Q [n, steps * block], which the checkpoint's state includes.
+
+    Raises:
+        CurvatureError: The steps cannot give k eigenpairs, or a product is not finite, has another shape, or is not that
+            of a symmetric matrix.
     """
+    steps, tolerance, dtype, device = options.steps, options.tolerance, options.dtype, options.device
     k = _at_most(k, size)
     width = min(block or k, size)
     if steps * width < k:
         raise CurvatureError(
             f"{steps} Lanczos steps of {width} vectors cannot give {k} eigenpairs; allow {-(-k // width)} steps at least"
         )
-    if start is not None:
+    if (start := options.resumed()) is not None:
         done, projected = int(start["steps"]), start["projected"]
         basis = _kept(start["basis"], size).to(dtype).to(device)
-        generator.set_state(start["generator"])
+        options.generator.set_state(start["generator"])
     else:
         done, projected = 0, torch.zeros(0, 0, dtype=torch.float64)
-        basis = _orthonormal(random_block(size, width, generator, dtype, device))
-    with progress_bar("Lanczos", "step", steps, done, progress) as bar:
+        basis = _orthonormal(random_block(size, width, options.generator, dtype, device))
+    with workers.bar("Lanczos", "step", steps, done) as bar:
         for step in count(done + 1):
             newest = basis[:, len(projected) :]
             image = checked(product, newest, f"Lanczos, step {step}")
@@ -168,16 +195,9 @@ def lanczos(
             enough = len(values) == k and outcome is Outcome.CONVERGED
             if enough or step >= steps or basis.shape[1] == size:
                 break
-            basis = torch.cat([basis, _next_block(rest, basis, rounding, generator)], dim=1).contiguous()
-            if keep is not None:
-                keep(
-                    {
-                        "basis": basis,
-                        "projected": projected,
-                        "steps": torch.tensor(step),
-                        "generator": generator.get_state(),
-                    }
-                )
+            basis = torch.cat([basis, _next_block(rest, basis, rounding, options.generator)], dim=1).contiguous()
+            state = {"basis": basis, "projected": projected, "steps": torch.tensor(step)}
+            options.keep(state | {"generator": options.generator.get_state()})
     vectors = basis @ mix.to(basis)
     errors = (checked(product, vectors, "Lanczos, residuals") - vectors * values.to(basis)).norm(dim=0).cpu().double()
     residuals, measured = _judge(errors, values, tolerance, rounding)
@@ -194,11 +214,13 @@ def dense_matrix(
     block: int = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Tensor:
-    """A itself [n, n] from `size` products in ceil(n / block) blocks, as (A + A^T) / 2.
+    """Compute A itself [n, n] from `size` products in ceil(n / block) blocks, as (A + A^T) / 2.
 
-    Raises `CurvatureError` above `LARGEST_DENSE` rows, and where `power_iteration` does.
+    Raises:
+        CurvatureError: There are more than `LARGEST_DENSE` rows, or a product is not finite, has another shape, or is not
+            that of a symmetric matrix.
     """
     if size > LARGEST_DENSE:
         raise CurvatureError(
@@ -206,7 +228,7 @@ def dense_matrix(
             f"worked out up to {LARGEST_DENSE:,} rows only; use lanczos or power_iteration for its top eigenpairs"
         )
     matrix = torch.empty(size, size, dtype=dtype, device=device)
-    with progress_bar("Matrix", "product", size, 0, progress) as bar:
+    with workers.bar("Matrix", "product", size) as bar:
         for first in range(0, size, block):
             chosen = range(first, min(first + block, size))
             unit = torch.zeros(size, len(chosen), dtype=dtype, device=device)
@@ -257,11 +279,6 @@ def remainder(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     block = block - basis @ within
     again = basis.T @ block
     return block - basis @ again, within + again
-
-
-def progress_bar(description: str, unit: str, total: int, done: int, shown: bool) -> tqdm:
-    """A bar whose time left is that to the last step allowed; convergence may come sooner."""
-    return tqdm(total=total, initial=done, desc=description, unit=unit, disable=not shown, leave=False)
 
 
 def _at_most(k: int, size: int) -> int:

@@ -1,7 +1,7 @@
 """Diagonal and trace of a symmetric matrix A [n, n] that is known only by its products, each with its standard error.
 
 Means of the diagonal over segments, such as the weights of a channel, come with errors of their own: entries of one sample
-are not independent. Products and random numbers are as in `spectrum.py`.
+are not independent. Products and random numbers are as in `eigensolvers.py`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,21 @@ import torch
 from torch import Tensor
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.curvature.eigensolvers import Product, checked, progress_bar, random_block, remainder
+from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.curvature.eigensolvers import Product, checked, random_block, remainder
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How random vectors are drawn and multiplied: `block` of them at once, in `dtype` on `device`.
+
+    The samples depend on the generator alone, not on the block.
+    """
+
+    generator: torch.Generator
+    block: int = 8
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -36,23 +50,21 @@ def hutchinson(
     product: Product,
     size: int,
     products: int,
+    options: SamplingOptions,
     *,
-    generator: torch.Generator,
     segments: Tensor | None = None,
-    block: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Traces:
-    """diag(A) = E[z * A z] over random signs z (Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007).
+    """Estimate diag(A) = E[z * A z] over random signs z (Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007).
 
     `segments` [n] holds the segment of each entry, -1 for none. The errors are those of a mean of `products` independent
-    samples. `block` vectors are multiplied at once; the samples do not depend on it.
+    samples.
 
-    Raises `CurvatureError` for fewer than 2 products, and on products that are not finite or of another shape.
+    Raises:
+        CurvatureError: There are fewer than 2 products, or one is not finite or has another shape.
     """
     summarise = _summary(size, segments)
-    moments = _sampled(product, size, products, summarise, generator, block, dtype, device, progress)
+    moments = _sampled(product, size, products, summarise, options, workers)
     return _traces(*moments, size, products)
 
 
@@ -60,15 +72,12 @@ def hutch_plus_plus(
     product: Product,
     size: int,
     products: int,
+    options: SamplingOptions,
     *,
-    generator: torch.Generator,
     segments: Tensor | None = None,
-    block: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Traces:
-    """`hutchinson` on what a sketch of A leaves: tr(A) = tr(Q^T A Q) + tr((I - P) A (I - P)), P = Q Q^T.
+    """Estimate as `hutchinson` does, on what a sketch of A leaves: tr(A) = tr(Q^T A Q) + tr((I - P) A (I - P)), P = Q Q^T.
 
     Hutch++ (Meyer, Musco, Musco and Woodruff 2021, arXiv:2010.09649, algorithm 1): Q = orth(A S), S random; a third of
     `products` each for A S, A Q and samples of the second term. The diagonal is completed likewise, as in Diag++ (Baston
@@ -76,22 +85,23 @@ def hutch_plus_plus(
     variance where few eigenvalues dominate, none where rank(A) <= products / 3. The errors are those of the samples, given Q.
     Holds Q and A Q, [n, products / 3].
 
-    Raises `CurvatureError` for fewer than 6 products, and where `hutchinson` does.
+    Raises:
+        CurvatureError: There are fewer than 6 products, or one is not finite or has another shape.
     """
     if products < 6:
         raise CurvatureError(f"Hutch++ parts its products in three; {products} are too few, give it at least 6")
     summarise = _summary(size, segments)
     width = min(products // 3, size)
-    sketch = random_block(size, width, generator, dtype, device)
-    basis = torch.linalg.qr(_in_blocks(product, sketch, block, "Hutch++, sketch", progress)).Q
-    image = _in_blocks(product, basis, block, "Hutch++, projection", progress)
+    sketch = random_block(size, width, options.generator, options.dtype, options.device)
+    basis = torch.linalg.qr(_in_blocks(product, sketch, options.block, "Hutch++, sketch", workers)).Q
+    image = _in_blocks(product, basis, options.block, "Hutch++, projection", workers)
     exact = (basis * (image + remainder(image, basis)[0])).cpu().double().sum(1)
 
     def complement(vectors: Tensor) -> Tensor:
         return remainder(product(remainder(vectors, basis)[0]), basis)[0]
 
     samples = products - 2 * width
-    mean, error = _sampled(complement, size, samples, summarise, generator, block, dtype, device, progress)
+    mean, error = _sampled(complement, size, samples, summarise, options, workers)
     return _traces(mean + summarise(exact), error, size, products)
 
 
@@ -100,20 +110,17 @@ def _sampled(
     size: int,
     samples: int,
     summarise: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
-    block: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    progress: bool,
+    options: SamplingOptions,
+    workers: Workers,
 ) -> tuple[Tensor, Tensor]:
     """Mean of summarise(z * A z) over random signs z, and its standard error."""
     if samples < 2:
         raise CurvatureError(f"a standard error needs at least 2 products, not {samples}")
     drawn, mean, spread = 0, 0.0, 0.0
-    with progress_bar("Hutchinson", "product", samples, 0, progress) as bar:
+    with workers.bar("Hutchinson", "product", samples) as bar:
         while drawn < samples:
-            signs = _signs(size, min(block, samples - drawn), generator)
-            image = checked(product, signs.to(dtype).to(device), f"Hutchinson, sample {drawn + 1}")
+            signs = _signs(size, min(options.block, samples - drawn), options.generator)
+            image = checked(product, signs.to(options.dtype).to(options.device), f"Hutchinson, sample {drawn + 1}")
             for sample in (signs * image.cpu().double()).T:
                 drawn += 1
                 found = summarise(sample)
@@ -157,9 +164,9 @@ def _parts(summary: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return summary[:size], summary[size:-1], summary[-1]
 
 
-def _in_blocks(product: Product, vectors: Tensor, block: int, where: str, progress: bool) -> Tensor:
+def _in_blocks(product: Product, vectors: Tensor, block: int, where: str, workers: Workers) -> Tensor:
     images = []
-    with progress_bar(where, "product", vectors.shape[1], 0, progress) as bar:
+    with workers.bar(where, "product", vectors.shape[1]) as bar:
         for part in vectors.split(block, dim=1):
             images.append(checked(product, part, where))
             bar.update(part.shape[1])

@@ -6,21 +6,22 @@ entry a channel, and the loss depends on m only through the consumer weights m_c
     gate gradient  g_c = <theta_c, dL/dtheta>          theta_c: the consumer slices of channel c
     gate Hessian   A   = lift^T H lift,  lift(u) = sum_c u_c theta_c
 
-Pure functions of a traced network's graph (always in eval mode, so that dropout, stochastic depth and batch statistics
-cannot move the loss).
+`GatedNetwork` is a traced network as a function of these gates, always in eval mode: dropout, stochastic depth and batch
+statistics cannot move the loss.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from hf_camphive.curvature.cotangents import softmax_factors
 from hf_camphive.curvature.gate_autograd import _Affine, _Gate
-from hf_camphive.network.graph.program import TracedProgram, compute, operation, weight_of
+from hf_camphive.network.graph.program import TracedProgram, argument_of, compute, operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 
 
@@ -86,83 +87,101 @@ class GatedRun:
 
     m: Tensor
     logits: Tensor
-    _gates: GateSpace
-    _graph: TracedProgram
-    _values: Mapping[fx.Node, object]
-    _maps: Mapping[fx.Node, "AffineMap"]
+    network: "GatedNetwork"
+    values: Mapping[fx.Node, object]
 
     def transposed(self, z: Tensor) -> Tensor:
-        """J^T z, like m, for z [N, K]: one pass back."""
+        """Return J^T z, of the shape of m, for z [N, K]: one backward pass."""
         return torch.autograd.grad(self.logits, self.m, z.to(self.logits), retain_graph=True)[0]
 
     def tangent(self, u: Tensor) -> Tensor:
-        """J u [N, K] for u [S] or [N, S]: one pass forward, of derivatives only."""
+        """Return J u [N, K] for u [S] or [N, S]: one forward pass, of derivatives only."""
+        program, maps = self.network.trace.graph, self.network.maps
         padded = torch.cat([u, torch.zeros_like(u[..., :1])], dim=-1)
         tangents: dict[fx.Node, Tensor] = {}
-        last_reader = {source: node for node in self._graph.operations for source in node.all_input_nodes}
-        for node in self._graph.operations:
+        last_reader = {source: node for node in program.operations for source in node.all_input_nodes}
+        for node in program.operations:
             moving = {source: tangents[source] for source in node.all_input_nodes if source in tangents}
-            if (index := _gate_index(self._graph, self._gates, node)) is not None:
+            if (index := self.network.gates_read_by(node)) is not None:
                 source = node.args[0]
-                change = self._values[source].detach() * _aligned(padded, index, node, self._values[source])
+                change = self.values[source].detach() * _aligned(padded, index, node, self.values[source])
                 moving[source] = change + moving[source] if source in moving else change
-            if moving and node in self._maps:
-                tangents[node] = self._maps[node].linear(moving[node.args[0]])
+            if moving and node in maps:
+                tangents[node] = maps[node].linear(moving[node.args[0]])
             elif moving:
                 tangents[node] = self._tangent_of(node, moving)
             for source in moving:
                 if last_reader[source] is node:
                     tangents.pop(source, None)
-        return tangents[self._graph.logits]
+        return tangents[program.logits]
 
     def _tangent_of(self, node: fx.Node, moving: Mapping[fx.Node, Tensor]) -> Tensor:
-        at = {source: self._values[source].detach() for source in moving}
+        at = {source: self.values[source].detach() for source in moving}
 
         def value(*inputs: Tensor) -> object:
-            return compute(node, {**self._values, **dict(zip(moving, inputs))})
+            return compute(node, {**self.values, **dict(zip(moving, inputs))})
 
         with torch.no_grad():
             return torch.func.jvp(value, tuple(at.values()), tuple(moving.values()))[1]
 
 
-def gated_run(
-    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, each: bool = False
-) -> GatedRun:
-    """Run the network with all gates at 1, one set of them for all images or one for `each`."""
-    graph, maps = trace.graph, _affine_maps(trace.graph, state)
-    shape = (len(images), gates.size) if each else (gates.size,)
-    m = torch.ones(shape, dtype=images.dtype, device=images.device, requires_grad=True)
-    values: dict[fx.Node, object] = graph.bind(state) | {graph.image: images}
-    with torch.enable_grad():
-        padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
-        for node in graph.operations:
-            seen = values
-            if (index := _gate_index(graph, gates, node)) is not None:
-                x = values[node.args[0]]
-                seen = values | {node.args[0]: _Gate.apply(x, _aligned(padded, index, node, x))}
-            values[node] = maps[node](seen[node.args[0]]) if node in maps else compute(node, seen)
-    return GatedRun(m, values[graph.logits], gates, graph, values, maps)
+@dataclass(frozen=True, eq=False)
+class GatedNetwork:
+    """A traced network with the weights `state` (`named_tensors`), as a function of its channel gates.
 
-
-def gate_gradients(
-    trace: Trace,
-    state: Mapping[str, Tensor],
-    gates: GateSpace,
-    images: Tensor,
-    cotangent: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """g_n = J_n^T z_n for each image, [N, S], in one backward pass and no loop over images.
-
-    J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
-    `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
+    What does not depend on images (the gates, norms folded into convolutions) is worked out once.
     """
-    run = gated_run(trace, state, gates, images, each=True)
-    return run.transposed(cotangent(run.logits.detach()))
 
+    trace: Trace
+    state: Mapping[str, Tensor]
 
-def _gate_index(graph: TracedProgram, gates: GateSpace, node: fx.Node) -> Tensor | None:
-    """Gates of what a layer reads, [C_in]; None for an operation that is no layer or reads no gated channel."""
-    return gates.inputs.get(graph.tensors.get(weight_of(node)))
+    @cached_property
+    def gates(self) -> GateSpace:
+        """Gates of every group that is not frozen."""
+        return gate_space(self.trace, self.state)
+
+    @cached_property
+    def maps(self) -> dict[fx.Node, "AffineMap | _FoldedNorm"]:
+        """Convolutions in closed form, with the norms that alone read them folded in."""
+        return _affine_maps(self.trace.graph, self.state)
+
+    def run(self, images: Tensor, each: bool = False) -> GatedRun:
+        """Run images [N, C, H, W] with all gates at 1: one set of gates for all images, or one for `each`."""
+        program, maps = self.trace.graph, self.maps
+        shape = (len(images), self.gates.size) if each else (self.gates.size,)
+        m = torch.ones(shape, dtype=images.dtype, device=images.device, requires_grad=True)
+        values: dict[fx.Node, object] = program.bind(self.state) | {program.image: images}
+        with torch.enable_grad():
+            padded = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
+            for node in program.operations:
+                seen = values
+                if (index := self.gates_read_by(node)) is not None:
+                    x = values[node.args[0]]
+                    seen = values | {node.args[0]: _Gate.apply(x, _aligned(padded, index, node, x))}
+                values[node] = maps[node](seen[node.args[0]]) if node in maps else compute(node, seen)
+        return GatedRun(m, values[program.logits], self, values)
+
+    def gradients(self, images: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return g_n = J_n^T z_n for each image, [N, S], by one backward pass and no loop over images.
+
+        J_n is the Jacobian of image n's logits in its gates, z = cotangent(logits) [N, K] (not differentiated); with
+        `label_cotangent` g_n is the gate gradient of the image's own cross-entropy.
+        """
+        run = self.run(images, each=True)
+        return run.transposed(cotangent(run.logits.detach()))
+
+    def factor(self, images: Tensor, passes: int, signs: Tensor) -> Tensor:
+        """Return rows Z [min(passes, K - 1) * N, S] with E[Z^T Z] = J^T R J, summed over the images.
+
+        R = diag(p) - p p^T is the Hessian of the cross-entropy in the logits. One backward pass for each of
+        `softmax_factors`, which says what the random signs [N, K] are for.
+        """
+        run = self.run(images, each=True)
+        return torch.cat([run.transposed(z) for z in softmax_factors(run.logits.detach(), signs, passes)])
+
+    def gates_read_by(self, node: fx.Node) -> Tensor | None:
+        """Return the gates of what a layer reads, [C_in]; None for an operation that reads no gated channel."""
+        return self.gates.inputs.get(self.trace.graph.tensors.get(weight_of(node)))
 
 
 def _aligned(padded: Tensor, index: Tensor, node: fx.Node, x: Tensor) -> Tensor:
@@ -218,13 +237,13 @@ def _affine_maps(graph: TracedProgram, state: Mapping[str, Tensor]) -> dict[fx.N
     users = Counter(used for node in graph.operations for used in node.all_input_nodes)
     maps: dict[fx.Node, AffineMap | _FoldedNorm] = {}
     for node in graph.operations:
-        if operation(node) == "conv2d" and not isinstance(_argument(node, 4, 0), str):
-            weight, bias = (_tensor(graph, state, _argument(node, i)) for i in (1, 2))
-            if weight is not None and (bias is None) == (_argument(node, 2) is None):
+        if operation(node) == "conv2d" and not isinstance(argument_of(node, 4, 0), str):
+            weight, bias = (_tensor(graph, state, argument_of(node, i)) for i in (1, 2))
+            if weight is not None and (bias is None) == (argument_of(node, 2) is None):
                 keys = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 5, 1), ("groups", 6, 1))
-                maps[node] = AffineMap(weight, bias, {key: _argument(node, i, default) for key, i, default in keys})
+                maps[node] = AffineMap(weight, bias, {key: argument_of(node, i, default) for key, i, default in keys})
         elif operation(node) == "batch_norm" and isinstance(before := maps.get(node.args[0]), AffineMap):
-            gain, shift, mean, variance = (_tensor(graph, state, _argument(node, i)) for i in (1, 2, 3, 4))
+            gain, shift, mean, variance = (_tensor(graph, state, argument_of(node, i)) for i in (1, 2, 3, 4))
             if users[node.args[0]] == 1 and None not in (gain, shift, mean, variance):
                 gain = gain * torch.rsqrt(variance + node.args[7])
                 maps[node.args[0]], maps[node] = before.then(gain, shift - gain * mean), _FoldedNorm()
@@ -234,7 +253,3 @@ def _affine_maps(graph: TracedProgram, state: Mapping[str, Tensor]) -> dict[fx.N
 def _tensor(graph: TracedProgram, state: Mapping[str, Tensor], node: object) -> Tensor | None:
     """The weight or buffer that an argument names; None for any other argument."""
     return state[graph.tensors[node]] if isinstance(node, fx.Node) and node in graph.tensors else None
-
-
-def _argument(node: fx.Node, position: int, default: object = None) -> object:
-    return node.args[position] if len(node.args) > position else default

@@ -1,9 +1,9 @@
 """Curvature of the loss, known by its products: Hessian and Gauss-Newton matrices over weights or over channel gates.
 
 A `Curvature` maps a block of vectors V [n, k] to A V, A the mean over calibration images, and so feeds every solver of
-`spectrum.py` and `traces.py`. In gate space a product differentiates twice in reverse: convolutions are linear and their
+`eigensolvers.py` and `estimators.py`. In gate space a product differentiates twice in reverse: convolutions are linear and their
 weights stay put, so a pass forward and one back serve all k vectors, and each vector needs one more of both. In weight
-space it is forward over reverse. J^T R J in gate space has a third way: the explicit factor of `gauss_newton_factor`, of
+space it is forward over reverse. J^T R J in gate space has a third way: the explicit factor of `GatedNetwork.factor`, of
 one backward pass or a few, after which products cost nothing.
 """
 
@@ -11,18 +11,16 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm.auto import tqdm
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.core.runtime import is_out_of_memory
-from hf_camphive.curvature.gates import GatedRun, GateSpace, gated_run
-from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.core.runtime import ALONE, Workers, is_out_of_memory
+from hf_camphive.curvature.gates import GatedNetwork, GatedRun
 
 logger = logging.getLogger(__name__)
 Matrix = Literal["hessian", "gauss-newton"]
@@ -39,7 +37,7 @@ WEIGHT_PARTS = {"hessian": 3, "gauss-newton": 2}
 class Curvature:
     """A V [n, k] (or A v [n]) for the mean curvature A over `total` images, of which this process holds `batches`.
 
-    `at(images, labels)` is the product V -> A V summed over a batch. `reduce` sums a tensor over processes, once a product;
+    `at(images, labels)` is the product V -> A V summed over a batch. `workers` sum over processes, once per product;
     all of them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way;
     each batch is multiplied in so many `parts`, which bounds memory: a product holds several times what a gradient does.
     With `held` what products have in common (in gate space a pass forward and, for H, one back) is kept from one to the
@@ -50,8 +48,7 @@ class Curvature:
     at: Callable[[Tensor, Tensor], BatchProduct]
     batches: Sequence[Batch]
     total: int
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    progress: bool = False
+    workers: Workers = ALONE
     parts: int = 1
     held: bool = False
     _kept: dict[tuple[int, int], BatchProduct] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -59,13 +56,12 @@ class Curvature:
     def __call__(self, vectors: Tensor) -> Tensor:
         block = vectors[:, None] if vectors.dim() == 1 else vectors
         total = torch.zeros(block.shape, dtype=torch.float64)
-        batches = tqdm(self.batches, "Product", unit="batch", disable=not self.progress, leave=False)
-        for number, (images, labels) in enumerate(batches):
+        for number, (images, labels) in enumerate(self.workers.track(self.batches, "Product", "batch")):
             right = block.to(images.device, images.dtype)
             for part in enumerate(zip(images.chunk(self.parts), labels.chunk(self.parts))):
                 with torch.autocast(images.device.type, enabled=False):
                     total += self._product(number, *part)(right).detach().cpu().double()
-        return (self.reduce(total) / self.total).to(vectors).view_as(vectors)
+        return (self.workers.sum(total) / self.total).to(vectors).view_as(vectors)
 
     def _product(self, batch: int, part: int, images_and_labels: Batch) -> BatchProduct:
         product = self._kept.get((batch, part)) or self.at(*images_and_labels)
@@ -75,20 +71,15 @@ class Curvature:
 
 
 def gate_curvature(
-    trace: Trace,
-    state: Mapping[str, Tensor],
-    gates: GateSpace,
-    batches: Sequence[Batch],
-    matrix: Matrix = "hessian",
-    **options,
+    network: GatedNetwork, batches: Sequence[Batch], matrix: Matrix = "hessian", **options: Any
 ) -> Curvature:
-    """lift^T H lift, or lift^T J^T R J lift, [S, S]; `options` are those of `Curvature`."""
+    """Return lift^T H lift, or lift^T J^T R J lift, [S, S]; `options` are those of `Curvature`."""
 
     def at(images: Tensor, labels: Tensor) -> BatchProduct:
-        run = gated_run(trace, state, gates, images)
+        run = network.run(images)
         return _gate_hessian(run, labels) if matrix == "hessian" else partial(_gate_gauss_newton, run)
 
-    return Curvature(gates.size, at, batches, **_counted(batches, {"parts": GATE_PARTS[matrix], **options}))
+    return Curvature(network.gates.size, at, batches, **_counted(batches, {"parts": GATE_PARTS[matrix], **options}))
 
 
 def _gate_hessian(run: GatedRun, labels: Tensor) -> BatchProduct:
@@ -133,7 +124,7 @@ def weight_curvature(
     batches: Sequence[Batch],
     matrix: Matrix = "hessian",
     compiled: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[Curvature, WeightSpace]:
     """H or J^T R J [P, P] over the given weights, and how its vectors are laid out; `logits(weights, images)` is [N, K].
 
@@ -172,7 +163,7 @@ def network_curvature(
     batches: Iterable[Batch],
     matrix: Matrix = "hessian",
     names: Iterable[str] | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Curvature, WeightSpace]:
     """`weight_curvature` of any network, over the weights `names` (all that are trained).
 
@@ -192,45 +183,8 @@ def network_curvature(
     return weight_curvature(logits, {name: weights[name] for name in chosen}, batches, matrix, **options)
 
 
-def gauss_newton_factor(
-    trace: Trace, state: Mapping[str, Tensor], gates: GateSpace, images: Tensor, passes: int, signs: Tensor
-) -> Tensor:
-    """Rows Z [min(passes, K - 1) * N, S] with E[Z^T Z] = J^T R J summed over a batch: a backward pass for each of `softmax_factors`.
-
-    R = diag(p) - p p^T is the Hessian of the cross-entropy in the logits; for random signs [N, K] see there.
-    """
-    run = gated_run(trace, state, gates, images, each=True)
-    return torch.cat([run.transposed(z) for z in softmax_factors(run.logits.detach(), signs, passes)])
-
-
-def softmax_factors(logits: Tensor, signs: Tensor, count: int) -> Tensor:
-    """Vectors z [min(count, K - 1), N, K] with E[sum z z^T] = diag(p) - p p^T, for the softmax p of logits [N, K].
-
-    They are the columns of its Cholesky factor with the likeliest class first: what tells class c from those after it. With
-    s_c the probability of class c and all after it, and j any of these,
-
-        z_c = sqrt(p_c s_(c+1) / s_c),   z_j = -p_j sqrt(p_c / (s_c s_(c+1)))
-
-    Where there are more columns than `count`, the last vector stands for all of them that are left: `curvature_cotangent`
-    among their classes, times the root of the probability of these.
-    """
-    p, classes = logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
-    columns = count - 1 if count < p.shape[1] - 1 else p.shape[1] - 1
-    tiny = torch.finfo(p.dtype).tiny
-    vectors = torch.zeros(min(count, p.shape[1] - 1), *p.shape, dtype=p.dtype, device=p.device)
-    for c in range(columns):
-        rest = p[:, c + 1 :].sum(1)
-        vectors[c, :, c] = (p[:, c] * rest / (p[:, c] + rest).clamp_min(tiny)).sqrt()
-        vectors[c, :, c + 1 :] = -p[:, c + 1 :] * (vectors[c, :, c] / rest.clamp_min(tiny))[:, None]
-    if columns < len(vectors):
-        rest = p[:, columns:].sum(1, keepdim=True)
-        signed = _signed(p[:, columns:] / rest.clamp_min(tiny), signs.gather(1, classes)[:, columns:])
-        vectors[columns, :, columns:] = signed * rest.sqrt()
-    return torch.zeros_like(vectors).scatter(2, classes.expand_as(vectors), vectors)
-
-
-def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options) -> Curvature:
-    """Z^T Z / total [S, S] from the rows that `gauss_newton_factor` gave for each batch."""
+def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options: Any) -> Curvature:
+    """Z^T Z / total [S, S] from the rows that `GatedNetwork.factor` gave for each batch."""
 
     def multiply(rows: Tensor, block: Tensor) -> Tensor:
         return rows.T @ (rows @ block)
@@ -238,25 +192,6 @@ def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **optio
     return Curvature(
         size, lambda rows, _: partial(multiply, rows), [(rows, rows) for rows in factors], total, **options
     )
-
-
-def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each image's cross-entropy in its logits: p - onehot(label), [N, K]."""
-    return logits.softmax(1) - F.one_hot(labels, logits.shape[1])
-
-
-def curvature_cotangent(logits: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
-    """z = (diag(sqrt p) - p sqrt(p)^T) s for random signs s [N, K]: E[z z^T] = diag(p) - p p^T, the curvature R.
-
-    Like drawing a label from the model (z = p - onehot(y), Martens 2020, section 5) it gives R in expectation; but where
-    the model is sure, a drawn label is nearly always the same one and says nothing. p = softmax(logits / temperature).
-    """
-    return _signed((logits.double() / temperature).softmax(1), signs)
-
-
-def _signed(p: Tensor, signs: Tensor) -> Tensor:
-    s = p.sqrt() * signs
-    return s - p * s.sum(1, keepdim=True)
 
 
 def check_deterministic(net: nn.Module, batches: Iterable[Batch]) -> Sequence[Batch]:

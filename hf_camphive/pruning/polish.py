@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from hf_camphive.core.runtime import ALONE, Workers
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
@@ -33,8 +33,16 @@ SHIFT = 8  # images are shifted by up to 1/8 of their side
 MIX = 0.5  # share of another image that is mixed in, at most
 CONTRAST = 0.4  # contrast changes by up to this factor
 BRIGHTNESS = 0.4  # brightness by up to so many standard deviations
-Reduce = Callable[[Tensor], Tensor]
 Statistics = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class PolishOptions:
+    """Gradient `steps` per attempt, the seed of the views, and the precision of forward passes."""
+
+    steps: int
+    seed: int = 0
+    precision: Precision = "no"
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,10 @@ def polish(
     dense: nn.Module,
     calibration: Calibration,
     held_out: Calibration,
-    steps: int,
+    options: PolishOptions,
     *,
     recalibrated: nn.Module | None = None,
-    seed: int = 0,
-    precision: Precision = "no",
-    reduce: Reduce = lambda tensor: tensor,
-    progress: bool = False,
+    workers: Workers = ALONE,
 ) -> Polished:
     """Change `net` in place: BatchNorm's statistics, then all weights, by `steps` steps of Adam towards the logits of `dense`.
 
@@ -85,16 +90,16 @@ def polish(
     tried; after the lowest the weights stay as they were. The images must have been held out of the reconstruction too:
     those that it fitted look nearer than others are, and stop too early.
 
-    On several processes each computes the gradients of its own images, and `reduce` sums them: all end with the same
+    On several processes each computes the gradients of its own images, and `workers` sum them: all end with the same
     weights, which are those of one process up to rounding.
     """
-    if not (steps and calibration.total and held_out.total):
+    if not (options.steps and calibration.total and held_out.total):
         return Polished()
     with _evaluating(dense, gradients=False), _evaluating(net, gradients=True):
-        descent = _PolishRun(net, dense, calibration, held_out, seed, precision, reduce)
+        descent = _PolishRun(net, dense, calibration, held_out, options, workers)
         statistics = descent.restore(recalibrated) if recalibrated else 0.0
         for learning_rate in LEARNING_RATES:
-            if share := descent.run(learning_rate, steps, progress):
+            if share := descent.run(learning_rate):
                 return Polished(statistics, share)
     return Polished(statistics)
 
@@ -108,11 +113,10 @@ class _PolishRun:
         dense: nn.Module,
         calibration: Calibration,
         held_out: Calibration,
-        seed: int,
-        precision: Precision,
-        reduce: Reduce,
+        options: PolishOptions,
+        workers: Workers,
     ) -> None:
-        self.net, self.dense, self.seed, self.precision, self.reduce = net, dense, seed, precision, reduce
+        self.net, self.dense, self.options, self.workers = net, dense, options, workers
         self.parameters = [parameter for parameter in net.parameters() if parameter.is_floating_point()]
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.own = _Own(calibration)
@@ -127,11 +131,11 @@ class _PolishRun:
             return 0.0
         return self._best_of(STATISTICS_SHARES, lambda share: _set_statistics(self.net, start, end, share))
 
-    def run(self, learning_rate: float, steps: int, progress: bool) -> float:
+    def run(self, learning_rate: float) -> float:
         """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
         optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
-        views = _draw(self.own.total, self.own.size, self.seed)
-        for step in tqdm(range(steps), desc="Polish", unit="step", disable=not progress, leave=False):
+        views, steps = _draw(self.own.total, self.own.size, self.options.seed), self.options.steps
+        for step in self.workers.track(range(steps), "Polish", "step"):
             if step == steps // 2 and not self._divergence() <= 2 * self.divergence:
                 self._go_to(0.0, self.start)
                 return 0.0
@@ -164,7 +168,7 @@ class _PolishRun:
         if len(images := self.own.render(views)):
             errors = (self._logits(images) - self._target(images)).square().mean(1)
             (errors.sum() / len(views.numbers)).backward()
-        _sum_gradients(self.parameters, self.reduce)
+        _sum_gradients(self.parameters, self.workers)
 
     def _divergence(self) -> float:
         """KL(dense || net) of logits / `TEMPERATURE`, summed over the held out images of all processes."""
@@ -173,14 +177,14 @@ class _PolishRun:
             for images, target in zip(self.held_out, self.targets):
                 given, found = ((z.double() / TEMPERATURE).log_softmax(1) for z in (target, self._logits(images)))
                 total += F.kl_div(found, given, reduction="sum", log_target=True)
-        return float(self.reduce(total))
+        return float(self.workers.sum(total))
 
     def _target(self, images: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(images.device, self.precision):
+        with torch.no_grad(), autocast(images.device, self.options.precision):
             return at_least_fp32(self.dense(images))
 
     def _logits(self, images: Tensor) -> Tensor:
-        with autocast(images.device, self.precision):
+        with autocast(images.device, self.options.precision):
             return at_least_fp32(self.net(images))
 
 
@@ -266,12 +270,12 @@ def _set_statistics(net: nn.Module, start: Statistics, end: Statistics, share: f
         norm.running_var.copy_(variance if share == 0 else variance.sqrt().lerp(last_variance.sqrt(), share).square())
 
 
-def _sum_gradients(parameters: list[nn.Parameter], reduce: Reduce) -> None:
+def _sum_gradients(parameters: list[nn.Parameter], workers: Workers) -> None:
     """Gradients summed over processes, in one message."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = reduce(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    flat = workers.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
     for parameter, gradient in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
         parameter.grad.copy_(gradient.view_as(parameter))
 

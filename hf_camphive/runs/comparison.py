@@ -8,7 +8,6 @@ import copy
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -37,7 +36,7 @@ from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Scores
 from hf_camphive.runs.comparison_plot import draw_comparison
-from hf_camphive.runs.pruner import CampHiVePruner
+from hf_camphive.runs.cycle import PruningCycle
 from hf_camphive.runs.results import Cell, Results, Row, differences
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import Loaders
@@ -151,80 +150,77 @@ class Comparison:
                 )
             self._config(cell)
         smallest = max(cells, key=lambda cell: cell.ratio)
-        CampHiVePruner(self.base, self._config(smallest), self.accelerator).check_budget()
+        PruningCycle(self.base, self._config(smallest), self.accelerator).check_budget()
 
     # One run
 
     def _run(self, cell: Cell) -> Row:
         config, images = self._config(cell), self._images_of(cell)
-        pruner = CampHiVePruner(self.base, config, self.accelerator)
-        seconds = pruner.seconds
+        run = PruningCycle(self.base, config, self.accelerator)
         rule = MERGE_RULES[cell.merge]
-        while not pruner.finished:
-            plan = self._plan(pruner, cell, images.calibration)
-            cut = pruner.apply(plan, images.calibration, recalibrate=False)
-            if rule.recalibrate or pruner.finished:
+        while not run.finished:
+            plan = self._plan(run, cell, images.calibration)
+            cut = run.apply(plan, images.calibration, recalibrate=False)
+            if rule.recalibrate or run.finished:
                 recalibrated = copy.deepcopy(cut)
-                start = time.perf_counter()
-                recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
-                seconds["recalibrate"] = seconds.get("recalibrate", 0.0) + time.perf_counter() - start
-            pruner.net = recalibrated if rule.recalibrate else cut
+                with run.log.timed("recalibrate"):
+                    recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
+            run.net = recalibrated if rule.recalibrate else cut
         accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
         polished = None
         if config.label_free_steps:
-            polished = images.accuracy(pruner.polish(images.calibration), self.accelerator).top1
+            polished = images.accuracy(run.polish(images.calibration), self.accelerator).top1
         return Row(
             cell,
             images.dense.top1,
             *accuracies,
             polished=polished,
-            finetuned=self._finetuned(pruner, images) if config.num_train_epochs else None,
+            finetuned=self._finetuned(run, images) if config.num_train_epochs else None,
             recalibrates=rule.recalibrate,
             images=images.dense.images,
             split=images.split,
             calibration=images.loaders.info.splits["calibration"],
-            dense_macs=count_macs(self.dense, pruner.input_size),
-            macs=count_macs(pruner.net, pruner.input_size),
-            parameters=count_parameters(pruner.net),
-            dropped=sum(len(plan.dropped) for plan in pruner.plans),
-            seconds={step: round(value, 3) for step, value in seconds.items()},
+            dense_macs=count_macs(self.dense, run.input_size),
+            macs=count_macs(run.net, run.input_size),
+            parameters=count_parameters(run.net),
+            dropped=sum(len(plan.dropped) for plan in run.plans),
+            seconds={step: round(value, 3) for step, value in run.log.seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
-            notes=tuple(pruner.notes),
+            notes=tuple(run.log.notes),
         )
 
-    def _plan(self, pruner: CampHiVePruner, cell: Cell, calibration: Calibration) -> PrunePlan:
+    def _plan(self, run: PruningCycle, cell: Cell, calibration: Calibration) -> PrunePlan:
         """The next cycle's plan; the scores of the dense network are worked out once for all merge rules and ratios."""
         if cell.method in self.methods:
-            return self._foreign_plan(pruner, cell, calibration)
+            return self._foreign_plan(run, cell, calibration)
         key = (cell.method, cell.calibration_size, cell.seed)
-        if pruner.plans:
-            return pruner.plan(calibration)
+        if run.plans:
+            return run.plan(calibration)
         if key not in self._scores:
-            plan = pruner.plan(calibration)
-            self._scores[key] = pruner.scores, pruner.seconds["score"]
+            plan = run.plan(calibration)
+            self._scores[key] = run.scores, run.log.seconds["score"]
             return plan
         scores, seconds = self._scores[key]
-        plan = pruner.plan(calibration, scores=scores)
-        pruner.seconds["score"] = seconds
+        plan = run.plan(calibration, scores=scores)
+        run.log.seconds["score"] = seconds
         return plan
 
-    def _foreign_plan(self, pruner: CampHiVePruner, cell: Cell, calibration: Calibration) -> PrunePlan:
-        trace, target = pruner.next_target()
-        start = time.perf_counter()
-        problem = Problem(copy.deepcopy(pruner.net), trace, calibration, target, pruner.config)
-        plan = replace(self.methods[cell.method](problem), criterion=cell.method, merge=cell.merge)
-        pruner.seconds["plan"] = pruner.seconds.get("plan", 0.0) + time.perf_counter() - start
-        return plan
+    def _foreign_plan(self, run: PruningCycle, cell: Cell, calibration: Calibration) -> PrunePlan:
+        _, targets = run.next_targets()
+        with run.log.timed("plan"):
+            problem = Problem(
+                copy.deepcopy(run.net), run.analysis.trace, calibration, int(targets["macs"]), run.config
+            )
+            return replace(self.methods[cell.method](problem), criterion=cell.method, merge=cell.merge)
 
-    def _finetuned(self, pruner: CampHiVePruner, images: "_Images") -> float:
+    def _finetuned(self, run: PruningCycle, images: "_Images") -> float:
         """Top-1 after finetuning what the merge rule delivers, in place; every run sees its images in the same order."""
-        net = pruner.net
-        set_seed(pruner.config.seed)
+        net = run.net
+        set_seed(run.config.seed)
         if (order := images.loaders.train.generator) is not None:
-            order.manual_seed(pruner.config.seed)
-        start = time.perf_counter()
-        finetune(net, images.loaders, pruner.config, self.accelerator, self.dense)
-        pruner.seconds["finetune"] = time.perf_counter() - start
+            order.manual_seed(run.config.seed)
+        with run.log.timed("finetune"):
+            finetune(net, images.loaders, run.config, self.accelerator, self.dense)
         return images.accuracy(net, self.accelerator).top1
 
     # What runs share

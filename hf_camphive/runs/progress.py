@@ -18,7 +18,7 @@ from hf_camphive.core.errors import ConfigError, ModelError
 from hf_camphive.core.measures import published
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.curvature.eigensolvers import SolverState
-from hf_camphive.hub import saving as hub
+from hf_camphive.hub import saving
 from hf_camphive.hub.loading import BaseModel, load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 
@@ -82,7 +82,7 @@ def save_progress(work_dir: Path, progress: Progress, base: BaseModel, config: C
     if progress.dense is not None:
         nets = [(_DENSE, progress.dense, ()), *nets]
     for name, net, plans in nets:
-        hub.save_folder(work_dir / name, net, base, config, plans, progress.report, overwrite=True)
+        saving.save_folder(work_dir / name, net, base, config, plans, progress.report, overwrite=True)
 
 
 def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset_id: str) -> Progress | None:
@@ -91,7 +91,7 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, model_id: str, dataset
     Raises `ConfigError` where that run was another one: another config (save the learning rate), model or dataset.
     """
     for name in (_NETWORK, _DENSE):
-        hub.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
+        saving.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
     folder = work_dir / _NETWORK
     if not folder.exists():
         return None

@@ -7,29 +7,32 @@ on the way, and keeps it for a run that has to be resumed.
 import copy
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.measures import Accuracy, published
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.core.runtime import environment
-from hf_camphive.hub import saving as hub
-from hf_camphive.hub.loading import replace_head
+from hf_camphive.core.runtime import RunLog, environment
+from hf_camphive.hub import saving
+from hf_camphive.hub.loading import BaseModel, replace_head
 from hf_camphive.hub.plots import draw_plots
 from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.budgets import overall_budgets
-from hf_camphive.runs.cycle import Batches, PruningSteps
+from hf_camphive.pruning.scoring.context import Scores
+from hf_camphive.runs.cycle import Batches, PruningCycle
 from hf_camphive.runs.progress import IterationCheckpoint, Progress, load_progress, save_progress, training_folder
+from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import Loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.finetuning import finetune, train_head
@@ -37,17 +40,100 @@ from hf_camphive.training.finetuning import finetune, train_head
 logger = logging.getLogger(__name__)
 
 
-class CampHiVePruner(PruningSteps):
+class CampHiVePruner:
     """Prune one network.
 
     `model` is a `BaseModel`, a timm network, or anything that `load_base` accepts. `run` does the whole job; `plan` and
     `apply` are its two halves, for a look at the plan in between. The given network is never changed: `net` is a copy.
     """
 
-    stages: Mapping[str, Accuracy] = MappingProxyType({})
-    report: PruneReport | None = None
-    _finetune: dict[str, Any] | None = None
-    _head_replaced = False
+    def __init__(
+        self,
+        model: BaseModel | nn.Module | str,
+        config: CampHiVeConfig | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.cycle = PruningCycle(model, config, accelerator)
+        self.stages: dict[str, Accuracy] = {}
+        self.report: PruneReport | None = None
+        self._finetune: dict[str, Any] | None = None
+        self._head_replaced = False
+
+    @property
+    def config(self) -> CampHiVeConfig:
+        """Settings of the run."""
+        return self.cycle.config
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The process's accelerator."""
+        return self.cycle.accelerator
+
+    @property
+    def base(self) -> BaseModel:
+        """The network that the run started from, and where it came from."""
+        return self.cycle.base
+
+    @property
+    def net(self) -> nn.Module:
+        """The network as it is now."""
+        return self.cycle.net
+
+    @property
+    def dense(self) -> nn.Module:
+        """The network before the first cycle."""
+        return self.cycle.dense
+
+    @property
+    def plans(self) -> list[PrunePlan]:
+        """Plans of the cycles so far."""
+        return self.cycle.plans
+
+    @property
+    def scores(self) -> Scores:
+        """Scores of the last plan, [C] for each group."""
+        return self.cycle.scores
+
+    @property
+    def log(self) -> RunLog:
+        """Seconds of each step, and notes."""
+        return self.cycle.log
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Size (C, H, W) of the images that the network was made for."""
+        return self.cycle.input_size
+
+    def check_budget(self) -> None:
+        """Check, without data, that something can be pruned and that the floors allow the budget.
+
+        Raises:
+            PlanError: Nothing can be pruned, or the budget cannot be met.
+        """
+        self.cycle.check_budget()
+
+    def plan(self, calibration: Batches | Calibration) -> PrunePlan:
+        """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
+
+        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}.
+
+        Raises:
+            PlanError: The budget cannot be met, or the network has nothing to prune.
+        """
+        return self.cycle.plan(calibration)
+
+    def apply(self, plan: PrunePlan, calibration: Batches | Calibration | None = None) -> nn.Module:
+        """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
+
+        Raises:
+            PlanError: The plan was made for another network.
+            ConfigError: The plan's merge rule reads images and there is no calibration.
+        """
+        return self.cycle.apply(plan, calibration)
+
+    def polish(self, calibration: Batches | Calibration) -> nn.Module:
+        """Bring the logits of `net` nearer to the dense network's by label-free steps, in place."""
+        return self.cycle.polish(calibration)
 
     def run(
         self, loaders: Loaders, *, command: str = "", work_dir: Path | str | None = None, resume: bool = False
@@ -68,13 +154,13 @@ class CampHiVePruner(PruningSteps):
             self._fit_head(loaders)
             self._evaluate("dense", self.net, loader, split)
             self._keep(work, loaders, command)
-        memory = IterationCheckpoint(work, self.accelerator.is_main_process) if work else None
+        checkpoint = IterationCheckpoint(work, self.accelerator.is_main_process) if work else None
         to_polish = bool(self.config.label_free_steps) and "polished" not in self.stages
         if len(self.plans) < self.config.cycles or to_polish:
-            with self._timed("read calibration images"):
-                calibration = self._collected(loaders.calibration)
-        while not self.finished:
-            plan = self.plan(calibration, memory)
+            with self.log.timed("read calibration images"):
+                calibration = self.cycle.collected(loaders.calibration)
+        while not self.cycle.finished:
+            plan = self.cycle.plan(calibration, checkpoint)
             logger.info("Cycle %d of %d:\n%s", len(self.plans) + 1, self.config.cycles, plan.summary())
             self.apply(plan, calibration)
             self._keep(work, loaders, command)
@@ -86,9 +172,9 @@ class CampHiVePruner(PruningSteps):
             self._evaluate("polished", self.net, loader, split)
             self._keep(work, loaders, command)
         if self.config.num_train_epochs and loaders.train is None:
-            self.notes.append("Not finetuned: the dataset has no training split.")
+            self.log.notes.append("Not finetuned: the dataset has no training split.")
         elif self.config.num_train_epochs:
-            with self._timed("finetune"):
+            with self.log.timed("finetune"):
                 checkpoints = training_folder(work) if work else None
                 log = finetune(
                     self.net, loaders, self.config, self.accelerator, self.dense, checkpoints, resume=resume
@@ -107,7 +193,7 @@ class CampHiVePruner(PruningSteps):
         path = Path(folder).expanduser().resolve()
         if self.accelerator.is_main_process:
             scores = {name: values.tolist() for name, values in self.scores.items()}
-            path = hub.save_folder(
+            path = saving.save_folder(
                 folder,
                 _on_disk(self.net),
                 self.base,
@@ -126,30 +212,27 @@ class CampHiVePruner(PruningSteps):
             folder = self.save_pretrained(Path(temporary, repo_id.split("/")[-1]))
             if not self.accelerator.is_main_process:
                 return None
-            return hub.push_folder(folder, repo_id, private=private, token=token)
+            return saving.push_folder(folder, repo_id, private=private, token=token)
 
     def _fit_head(self, loaders: Loaders) -> None:
         """Replace and train the classifier where the dataset has other classes than the network."""
         names = loaders.info.label_names
         if self.net.num_classes == len(names):
-            if self.base.label_names is None:
-                self.base = replace(self.base, label_names=names)
+            self.cycle.name_labels(names)
             return
-        self.notes.append(
+        self.log.note(
             f"The classifier of {self.net.num_classes} classes was replaced by one of {len(names)} and trained for "
             f"{self.config.head_epochs:g} epochs before pruning; 'dense' is that network."
         )
-        logger.info(self.notes[-1])
         if loaders.train is None:
             raise ConfigError(
                 f"the network has {self.net.num_classes} classes, the dataset {len(names)} and no training split to fit "
                 "a new classifier on; choose a dataset with one"
             )
-        self.base = replace_head(self.base, names, self.config.seed)
-        self.net = self.dense = self._placed(copy.deepcopy(self.base.net))
+        self.cycle.start_from(replace_head(self.base, names, self.config.seed))
         order = loaders.train.generator
         before = None if order is None else order.get_state()
-        with self._timed("train the new classifier"):
+        with self.log.timed("train the new classifier"):
             train_head(self.net, loaders, self.config, self.accelerator)
         if order is not None:  # a resumed run does not train it again, and must finetune in the same order
             order.set_state(before)
@@ -157,7 +240,7 @@ class CampHiVePruner(PruningSteps):
         self._head_replaced = True
 
     def _evaluate(self, stage: str, net: nn.Module, loader: Batches, split: str) -> None:
-        with self._timed("evaluate"):
+        with self.log.timed("evaluate"):
             accuracy = evaluate_accuracy(net, loader, self.accelerator, split, f"Evaluate {stage}")
         self.stages = {**self.stages, stage: accuracy}
 
@@ -175,23 +258,22 @@ class CampHiVePruner(PruningSteps):
         if progress is None:
             return
         self._head_replaced = progress.report.head_replaced
-        if progress.dense is not None:
-            self.base = replace(self.base, net=progress.dense, label_names=loaders.info.label_names)
-            self.dense = self._placed(progress.dense)
-        elif self.base.label_names is None:
-            self.base = replace(self.base, label_names=loaders.info.label_names)
-        self.net = self._placed(progress.net)
-        self.plans = list(progress.plans)
+        names = loaders.info.label_names
+        if progress.dense is None:
+            self.cycle.name_labels(names)
+        else:
+            self.cycle.start_from(replace(self.base, net=progress.dense, label_names=names))
+        self.cycle.go_on_with(progress.net, progress.plans)
         self.stages = {stage.name: stage.accuracy for stage in progress.report.stages if stage.accuracy}
-        self.seconds = dict(progress.report.seconds)
-        self.notes = list(progress.report.notes)
+        self.log.seconds |= progress.report.seconds
+        self.log.notes[:] = progress.report.notes
         logger.info("Resumed after cycle %d of %d", len(self.plans), self.config.cycles)
 
     def _report(self, loaders: Loaders | None, command: str, latency: bool) -> PruneReport:
         nets = {"dense": self.dense, "pruned": self.net} if self.plans else {"dense": self.dense}
         times: dict[str, Any] = dict.fromkeys(nets)
         if latency:
-            with self._timed("measure latency"):
+            with self.log.timed("measure latency"):
                 folded = {f"{name} folded": fold(net, self.input_size) for name, net in nets.items()}
                 times = measure_latency(nets | folded, self.input_size, self._batch_sizes())
         costs = {
@@ -217,12 +299,12 @@ class CampHiVePruner(PruningSteps):
             config=self.config.as_run(),
             command=command,
             head_replaced=self._head_replaced,
-            groups=_group_rows(self.plans, self._out_of_scope()) if self.plans else (),
+            groups=_group_rows(self.plans, self.cycle.out_of_scope) if self.plans else (),
             dropped=tuple(module for plan in self.plans for module in plan.dropped),
             budgets=overall_budgets(self.plans, self.config),
-            notes=tuple(self.notes),
+            notes=tuple(self.log.notes),
             finetune=self._finetune,
-            seconds={step: round(seconds, 3) for step, seconds in self.seconds.items()},
+            seconds={step: round(seconds, 3) for step, seconds in self.log.seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
         )
 

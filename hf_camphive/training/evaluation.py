@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from hf_camphive.core.errors import DataError, TrainingError
 from hf_camphive.core.measures import Accuracy
-from hf_camphive.core.runtime import progress_bar
+from hf_camphive.core.runtime import Workers
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.metrics import TopK
 from hf_camphive.training.precision import Batch, channels_last
@@ -36,7 +36,7 @@ def evaluate_accuracy(
     metric, images, broken = TopK(), 0, 0
     net.to(accelerator.device)
     share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True)
-    bar = progress_bar(accelerator, description, _length(share), "batch")
+    bar = Workers(accelerator).bar(description, "batch", _length(share))
     with keeping_modes(net), torch.no_grad(), bar:
         net.eval()
         for batch in share:
@@ -98,7 +98,7 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
         share = loader
         if isinstance(loader, DataLoader):
             share = prepare_data_loader(loader, device=accelerator.device, put_on_device=True, even_batches=False)
-        bar = progress_bar(accelerator, "Recalibrate BatchNorm", _length(share), "batch")
+        bar = Workers(accelerator).bar("Recalibrate BatchNorm", "batch", _length(share))
         with keeping_modes(net), bar:
             net.eval()
             for batch in share:

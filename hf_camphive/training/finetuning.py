@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError, TrainingError
-from hf_camphive.core.runtime import progress_bar
+from hf_camphive.core.runtime import Workers
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.checkpoints import CheckpointStore, EpochLog, TrainingProgress
 from hf_camphive.training.evaluation import evaluate_accuracy
@@ -218,9 +218,7 @@ class _Trainer:
         summed, rows, rate = 0.0, 0, 0.0
         self.model.train(self.run.training_mode)
         self.loader.set_epoch(number - 1)  # a streamed split is shuffled by it, also after a resumption
-        bar = progress_bar(
-            self.accelerator, f"{self.run.description}, epoch {number}", total=stop - self.steps, unit="step"
-        )
+        bar = Workers(self.accelerator).bar(f"{self.run.description}, epoch {number}", "step", stop - self.steps)
         try:
             for batch in self.loader:
                 with self.accelerator.accumulate(self.model):

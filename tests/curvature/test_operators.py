@@ -18,18 +18,11 @@ from torch.utils.data import DataLoader
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.core.errors import CurvatureError
+from hf_camphive.curvature.cotangents import curvature_cotangent, label_cotangent, softmax_factors
 from hf_camphive.curvature.eigensolvers import lanczos
 from hf_camphive.curvature.estimators import hutchinson
 from hf_camphive.curvature.gates import gate_gradients, gate_space, gated_run, lift, restrict
-from hf_camphive.curvature.operators import (
-    curvature_cotangent,
-    factored_curvature,
-    gate_curvature,
-    gauss_newton_factor,
-    label_cotangent,
-    network_curvature,
-    softmax_factors,
-)
+from hf_camphive.curvature.operators import factored_curvature, gate_curvature, gauss_newton_factor, network_curvature
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 

@@ -10,10 +10,10 @@ from support.toys import ToyResNet
 from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.curvature.cotangents import label_cotangent
 from hf_camphive.curvature.eigensolvers import Eigenpairs, eigenpairs_of
 from hf_camphive.curvature.estimators import Estimate, Traces
 from hf_camphive.curvature.gates import gate_gradients, gate_space, lift
-from hf_camphive.curvature.operators import label_cotangent
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order

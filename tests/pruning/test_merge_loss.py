@@ -5,8 +5,8 @@ import torch
 from support.scoring import context
 from support.toys import Chain, images, randomise
 
+from hf_camphive.curvature.cotangents import curvature_cotangent
 from hf_camphive.curvature.gates import gate_space
-from hf_camphive.curvature.operators import curvature_cotangent
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import criteria

@@ -27,17 +27,16 @@ class ResidualAdd:
 
 def residual_adds(graph: TracedProgram) -> tuple[ResidualAdd, ...]:
     """All residual adds; the operand with the more operations of its own is the branch."""
-    ancestors = _ancestors(graph)
+    ancestry = graph.ancestry
     found = []
     for node in graph.operations:
-        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in ancestors]
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in ancestry]
         if operation(node) != "add" or len(operands) < 2 or operands[0] is operands[1] or _in_implants(node):
             continue
         a, b = operands
-        if not (ancestors[a] & ancestors[b]):
+        if not ancestry.share(a, b):
             continue
-        own_a, own_b = len(ancestors[a] - ancestors[b]), len(ancestors[b] - ancestors[a])
-        branch, shortcut = (a, b) if own_a >= own_b else (b, a)
+        branch, shortcut = (a, b) if ancestry.count_of_one(a, b) >= ancestry.count_of_one(b, a) else (b, a)
         found.append(ResidualAdd(node, branch, shortcut))
     return tuple(found)
 
@@ -96,12 +95,11 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
     That is: the module computes after(shortcut(x) + branch(x)), where `shortcut` and `after` are chains of its own
     child modules, and some channel group inside the branch is all that feeds the branch's output.
     """
-    ancestors = _ancestors(trace.graph)
-    tensors = trace.graph.tensors
+    ancestry, tensors = trace.graph.ancestry, trace.graph.tensors
     found = []
     for residual_add in residual_adds(trace.graph):
-        inside = ancestors[residual_add.branch] - ancestors[residual_add.shortcut]
-        bypass = ancestors[residual_add.shortcut] - ancestors[residual_add.branch]
+        inside = ancestry.of_one(residual_add.branch, residual_add.shortcut)
+        bypass = ancestry.of_one(residual_add.shortcut, residual_add.branch)
         module = module_of(residual_add.add)
         block = [node for node in trace.graph.operations if module and module in modules_of(node)]
         after = [node for node in block if node not in inside | bypass and node is not residual_add.add]
@@ -110,7 +108,7 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
             not inside | bypass <= set(block)
             or len(sources) != 1
             or any(user not in inside and user is not residual_add.add for node in inside for user in node.users)
-            or any(ancestors[node].isdisjoint({residual_add.add}) for node in after)
+            or any(not ancestry.depends(node, residual_add.add) for node in after)
         ):
             continue
         ordered = [node for node in block if node in bypass]
@@ -138,22 +136,13 @@ def droppable_branches(trace: Trace) -> tuple[Branch, ...]:
 
 def operations_inside(graph: TracedProgram, branches: Iterable[Branch]) -> dict[str, str]:
     """{operation: module} of all operations that go when the branch of that module is dropped, by name."""
-    ancestors = _ancestors(graph)
     nodes = {node.name: node for node in graph.operations}
     found = {}
     for branch in branches:
         add, output = nodes[branch.add], nodes[branch.output]
-        rest = set().union(*(ancestors[used] for used in add.all_input_nodes if used is not output))
-        found |= {node.name: branch.module for node in ancestors[output] - rest}
+        others = [used for used in add.all_input_nodes if used is not output]
+        found |= {node.name: branch.module for node in graph.ancestry.of_one(output, *others)}
     return found
-
-
-def _ancestors(graph: TracedProgram) -> dict[fx.Node, set[fx.Node]]:
-    """Every operation (and the image) that a value is computed from, itself included."""
-    ancestors: dict[fx.Node, set[fx.Node]] = {graph.image: {graph.image}}
-    for node in graph.operations:
-        ancestors[node] = {node}.union(*(ancestors[used] for used in node.all_input_nodes if used in ancestors))
-    return ancestors
 
 
 def _children(nodes: Sequence[fx.Node], module: str) -> tuple[str, ...] | None:

@@ -40,6 +40,11 @@ class TracedProgram:
     def operations(self) -> tuple[fx.Node, ...]:
         return tuple(node for node in self.nodes if node.op == "call_function")
 
+    @cached_property
+    def ancestry(self) -> "Ancestry":
+        """Which operations each value is computed from."""
+        return Ancestry(self)
+
     def bind(self, state: Mapping[str, Tensor]) -> Values:
         """Values of all placeholders but the image, from a full state (`named_tensors`)."""
         given = {
@@ -58,6 +63,41 @@ class TracedProgram:
                 if last_use[used] is node and used not in wanted:
                     del values[used]
         return [values[node] for node in wanted]
+
+
+class Ancestry:
+    """The operations (and the image) that each value is computed from, itself included, as one bit set per value."""
+
+    def __init__(self, program: TracedProgram) -> None:
+        self.nodes = (program.image, *program.operations)
+        self._masks: dict[fx.Node, int] = {}
+        for place, node in enumerate(self.nodes):
+            mask = 1 << place
+            for used in node.all_input_nodes:
+                mask |= self._masks.get(used, 0)
+            self._masks[node] = mask
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._masks
+
+    def share(self, a: fx.Node, b: fx.Node) -> bool:
+        """Return whether two values have an ancestor in common."""
+        return bool(self._masks[a] & self._masks[b])
+
+    def depends(self, value: fx.Node, on: fx.Node) -> bool:
+        """Return whether a value is computed from another one."""
+        return self._masks[value] | self._masks[on] == self._masks[value]
+
+    def count_of_one(self, a: fx.Node, b: fx.Node) -> int:
+        """Return how many ancestors of `a` are none of `b`."""
+        return (self._masks[a] & ~self._masks[b]).bit_count()
+
+    def of_one(self, a: fx.Node, *others: fx.Node) -> set[fx.Node]:
+        """Return the ancestors of `a` that are none of the others."""
+        mask = self._masks[a]
+        for other in others:
+            mask &= ~self._masks.get(other, 0)
+        return {node for place, node in enumerate(self.nodes) if mask >> place & 1}
 
 
 def compute(node: fx.Node, values: Values) -> object:
@@ -218,6 +258,11 @@ def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
     if not name.endswith("_") or name.endswith("__"):
         return op
     return getattr(getattr(torch.ops.aten, name[:-1]), op._overloadname)
+
+
+def argument_of(node: fx.Node, position: int, default: object = None) -> object:
+    """Return an operation's argument by position, or the default where fewer are given."""
+    return node.args[position] if len(node.args) > position else default
 
 
 def operation(node: fx.Node) -> str:

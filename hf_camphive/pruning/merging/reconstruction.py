@@ -7,77 +7,49 @@ minus the pruned shortcut, so that every block repairs the error it inherits. No
 Works on full-width weights (removed columns stay zero) and returns new ones; the network itself is not touched.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from tqdm.auto import tqdm
 
 from hf_camphive.core.plan import PrunePlan
-from hf_camphive.network.graph.blocks import ResidualAdd, affine_path, residual_adds
-from hf_camphive.network.graph.program import compute, operation
-from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.graph.program import argument_of, operation
 from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.network.surgery.implants import implanted_slots, with_centres
-from hf_camphive.pruning.merging.ridge import NormalEquations, Reduce
+from hf_camphive.pruning.merging.lockstep import Fit, Job, LockstepProgram
+from hf_camphive.pruning.merging.ridge import NormalEquations
+from hf_camphive.pruning.merging.task import MergeTask
 
 ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
 MIN_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
 HOLDOUT_STRIDE = 4  # every so many batches one is held out of a fit to choose its ridge
-Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One least-squares problem: the layer `node` with this weight, fitted to the dense value `target`.
-
-    With a `residual_add` the target is the dense sum minus the pruned shortcut, taken back through the norms on `path`.
-    """
-
-    node: fx.Node
-    weight: str
-    target: fx.Node
-    path: tuple[fx.Node, ...] = ()
-    residual_add: ResidualAdd | None = None
-
-
-def reconstruct(
-    state: Mapping[str, Tensor],
-    plan: PrunePlan,
-    trace: Trace,
-    batches: Sequence[Tensor],
-    *,
-    ridge: float = 1e-4,
-    seed: int = 0,
-    reduce: Reduce = lambda tensor: tensor,
-    progress: bool = False,
-) -> State:
-    """Weights at full width with which the masked network comes as near to the dense one as its kept channels can.
+def reconstruct(task: MergeTask) -> State:
+    """Refit the kept weights, at full width, so that the masked network gives the dense network's values, layer by layer.
 
     For each layer, min over D of sum ||T - (W + D) x||^2 + ridge * tr(X^T X) / d * ||D||^2, where the rows x [d] of X are
     the patches of kept inputs (d = C_in_kept * kH * kW), T [rows, C_out] is the target and W the present weight. A
     constant is fitted with it where the layer's bias or the norm after it can carry one. Of implants (HAP) only the centre of
     each kernel is fitted, where they are read and where they are made.
-    `batches` are images [N, C, H, W]; on several processes each passes its share and `reduce` sums over processes.
 
     Raises:
         ReconstructionError: A layer's activations are not finite, as after NaN in images or weights; names the layer.
     """
+    state, plan, program = task.state, task.plan, task.trace.graph
     pruned = mask_state(state, plan)
-    lockstep = LockstepProgram(trace, plan)
+    lockstep = LockstepProgram(task.trace, plan)
     entries, makers = _kept_entries(plan, state), _implanted_rows(plan, state)
-    images = float(reduce(torch.tensor([float(sum(map(len, batches)))], dtype=torch.float64)))
-    held: list[dict[Job, Tensor]] = [{(False, trace.graph.image): batch} for batch in batches]
+    images = float(task.workers.sum(torch.tensor([float(sum(map(len, task.images)))], dtype=torch.float64)))
+    held: list[dict[Job, Tensor]] = [{(False, program.image): batch} for batch in task.images]
     start = 0
     with torch.no_grad():
-        for stop in tqdm(lockstep.stops, desc="Reconstruct", unit="layer", disable=not progress, leave=False):
+        for stop in task.workers.track(lockstep.stops, "Reconstruct", "layer"):
             fit = lockstep.fits[lockstep.order[stop][1]]
-            constants = (trace.graph.bind(state), trace.graph.bind(pruned))
+            constants = (program.bind(state), program.bind(pruned))
             sums = _sums_for(fit, pruned[fit.weight], entries.get(fit.weight))
             fits_in_memory = None
             for number, earlier in enumerate(held):
@@ -86,104 +58,22 @@ def reconstruct(
                     fits_in_memory = sum(map(_bytes, values.values())) * len(held) <= ACTIVATION_BYTES
                 if fits_in_memory:
                     held[number] = values
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + stop) * 1_000_003 + number)
+                generator = torch.Generator().manual_seed((task.seed * 1_000_003 + stop) * 1_000_003 + number)
                 rows, errors = _rows(fit, lockstep, values, pruned, entries.get(fit.weight), images, generator)
                 sums.add(rows, errors, held_out=number % HOLDOUT_STRIDE == HOLDOUT_STRIDE - 1)
             if fits_in_memory:
                 start = stop
-            solution = sums.solve(ridge, reduce)
+            solution = sums.solve(task.ridge, task.workers)
             if (rows := makers.get(fit.weight)) is not None:
-                _fit_implants(
-                    solution, sums, rows, _centres(pruned[fit.weight], entries.get(fit.weight)), ridge, reduce
-                )
+                centres = _centres(pruned[fit.weight], entries.get(fit.weight))
+                _fit_implants(solution, sums, rows, centres, task)
             _update(pruned, fit, lockstep, entries.get(fit.weight), *solution)
             del sums  # may be hundreds of MB, which the next fit need not add to
     return pruned
 
 
-class LockstepProgram:
-    """The dense and the masked network as one list of operations; what the plan does not change is computed once."""
-
-    def __init__(self, trace: Trace, plan: PrunePlan) -> None:
-        self.graph, self.tensors = trace.graph, trace.graph.tensors
-        self.fits: dict[fx.Node, Fit] = {}
-        self.changed: set[fx.Node] = set()
-        self._find_fits(plan)
-        self.order = self._depth_first()
-        self.stops = [i for i, (pruned, node) in enumerate(self.order) if pruned and node in self.fits]
-        self.last_use = {need: i for i, job in enumerate(self.order) for need in self.needs(job)}
-
-    def job(self, pruned: bool, node: fx.Node) -> Job:
-        return (pruned and node in self.changed, node)
-
-    def needs(self, job: Job) -> list[Job]:
-        """Values that an operation needs, and for a layer that is fitted, those that its fit needs."""
-        pruned, node = job
-        needs = [self.job(pruned, used) for used in node.all_input_nodes if not self._is_constant(used)]
-        if pruned and (fit := self.fits.get(node)):
-            needs.append((False, fit.target))
-            if fit.residual_add:
-                needs.append(self.job(True, fit.residual_add.shortcut))
-        return needs
-
-    def advance(
-        self, values: Mapping[Job, Tensor], constants: tuple[Mapping, Mapping], start: int, stop: int
-    ) -> dict[Job, Tensor]:
-        """Values held just before operation `stop`, from those held before operation `start`."""
-        values = dict(values)
-        for position in range(start, stop):
-            pruned, node = job = self.order[position]
-            needed = {
-                used: values[self.job(pruned, used)] for used in node.all_input_nodes if not self._is_constant(used)
-            }
-            values[job] = compute(node, {**constants[pruned], **needed})
-            for need in self.needs(job):
-                if self.last_use[need] == position:
-                    del values[need]
-        return values
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" and node is not self.graph.image
-
-    def _find_fits(self, plan: PrunePlan) -> None:
-        """Every layer whose weight or input the plan changes is fitted, unless nothing reads it or it is used twice."""
-        keep = plan.keep
-        shrunk = [group for group in plan.groups if len(keep[group.name]) < group.size]
-        cut = {s.tensor for group in shrunk for s in group.slots if s.role in ("consumer", "statistics")}
-        cut |= {slot.tensor for slot, _ in implanted_slots(plan)}
-        emptied = {
-            s.tensor for group in plan.groups for s in group.slots if s.role != "consumer" and not keep[group.name]
-        }
-        uses = Counter(self.tensors[u] for n in self.graph.operations for u in n.all_input_nodes if u in self.tensors)
-        repairs = {path[0]: (found, path[1:]) for found in residual_adds(self.graph) if (path := affine_path(found))}
-        for node in self.graph.operations:
-            if not any(used in self.changed or self.tensors.get(used) in cut for used in node.all_input_nodes):
-                continue
-            self.changed.add(node)
-            weight = self.tensors.get(node.args[1]) if operation(node) in ("conv2d", "linear") else None
-            if weight is None or weight in emptied or uses[weight] > 1 or isinstance(_argument(node, 4), str):
-                continue
-            residual_add, path = repairs.get(node, (None, ()))
-            self.fits[node] = Fit(node, weight, residual_add.add if residual_add else node, tuple(path), residual_add)
-
-    def _depth_first(self) -> list[Job]:
-        """All operations, each after what it needs; depth first, so that few values are held at a time."""
-        order: dict[Job, None] = {}
-        pending = [(self.job(True, self.graph.logits), False)]
-        while pending:
-            job, ready = pending.pop()
-            if job in order or job[1] is self.graph.image:
-                continue
-            if ready:
-                order[job] = None
-            else:
-                pending.append((job, True))
-                pending.extend((need, False) for need in reversed(self.needs(job)))
-        return list(order)
-
-
 def _bytes(value: object) -> int:
-    """Memory of a value: a tensor, several of them, or a size."""
+    """Return the bytes of memory of a value: a tensor, several of them, or a size."""
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
 
 
@@ -191,18 +81,18 @@ def _bytes(value: object) -> int:
 
 
 def _fit_implants(
-    solution: tuple[Tensor, Tensor], sums: NormalEquations, rows: Tensor, centres: Tensor, ridge: float, reduce: Reduce
+    solution: tuple[Tensor, Tensor], sums: NormalEquations, rows: Tensor, centres: Tensor, task: MergeTask
 ) -> None:
     """Fit the outputs `rows` anew on the kernels' centres alone, within a solution for all."""
     change, constant = solution
     rows = rows.to(change.device)
-    part, constant[0, rows] = (value[0] for value in sums.part(centres, rows).solve(ridge, reduce))
+    part, constant[0, rows] = (value[0] for value in sums.part(centres, rows).solve(task.ridge, task.workers))
     change[0, rows] = 0
     change[0, rows[:, None], centres.to(rows)] = part
 
 
 def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> NormalEquations:
-    groups = _argument(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
+    groups = argument_of(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
     unknowns = weight[0].numel() if entries is None else len(entries)
     return NormalEquations(
         groups, unknowns + 1, weight.shape[0] // groups, weight.device, layer=fit.weight.removesuffix(".weight")
@@ -233,7 +123,7 @@ def _rows(
     patches = _patches(x, fit.node, weight, picks)
     groups = patches.shape[0]
     output = torch.einsum("gnd,god->gno", patches, weight.reshape(groups, -1, patches.shape[2]))
-    if (bias := _argument(fit.node, 2)) is not None:
+    if (bias := argument_of(fit.node, 2)) is not None:
         output = output + pruned[lockstep.tensors[bias]].view(groups, 1, -1)
     errors = target.view(len(target), groups, -1).transpose(0, 1) - output
     errors *= ~_silent(fit, lockstep.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
@@ -263,16 +153,12 @@ def constant_carrier(node: fx.Node, tensors: Mapping[fx.Node, str]) -> tuple[str
 
     That is the layer's own bias, or the running mean of the norm that alone reads it; None where there is neither.
     """
-    if (bias := _argument(node, 2)) is not None:
+    if (bias := argument_of(node, 2)) is not None:
         return tensors[bias], 1
     users = list(node.users)
     if len(users) == 1 and operation(users[0]) == "batch_norm" and users[0].args[3] is not None:
         return tensors[users[0].args[3]], -1
     return None
-
-
-def _argument(node: fx.Node, position: int, default: object = None) -> object:
-    return node.args[position] if len(node.args) > position else default
 
 
 def _kept_entries(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,8 +239,8 @@ def _patches(x: Tensor, node: fx.Node, weight: Tensor, picks: Tensor) -> Tensor:
     """Input patches [groups, n, C_in / groups * kH * kW] of a layer at flat output positions."""
     if operation(node) == "linear":
         return x.reshape(-1, x.shape[-1])[picks.to(x.device)].unsqueeze(0)
-    stride, padding = _argument(node, 3, 1), _argument(node, 4, 0)
-    dilation, groups = _argument(node, 5, 1), _argument(node, 6, 1)
+    stride, padding = argument_of(node, 3, 1), argument_of(node, 4, 0)
+    dilation, groups = argument_of(node, 5, 1), argument_of(node, 6, 1)
     stride, padding, dilation = (_pair(value) for value in (stride, padding, dilation))
     kernel = weight.shape[2:]
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))

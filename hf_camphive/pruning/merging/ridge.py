@@ -1,15 +1,13 @@
 """Ridge regression from sums of products: gathered batch by batch, on one process or several, and solved group by group."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from hf_camphive.core.errors import ReconstructionError
+from hf_camphive.core.runtime import ALONE, Workers
 
 RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding is overcome below 1e-6
-Reduce = Callable[[Tensor], Tensor]
 
 
 class NormalEquations:
@@ -33,7 +31,7 @@ class NormalEquations:
         for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
             self.products[int(held_out)] += some.mT @ torch.cat([some, rest], dim=2)
 
-    def solve(self, ridge: float, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    def solve(self, ridge: float, workers: Workers = ALONE) -> tuple[Tensor, Tensor]:
         """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].
 
         The smallest ridge is `ridge`; larger ones, up to no change at all, are taken where they leave less of the held
@@ -43,14 +41,14 @@ class NormalEquations:
             ReconstructionError: The sums are not finite, or no ridge makes X^T X positive definite.
         """
         unknowns = self.products.shape[2]
-        products = reduce(self.products)
+        products = workers.sum(self.products)
         if not products.sum().isfinite():  # which any that is not finite makes so, without a copy of them all
             raise ReconstructionError(
                 f"the least-squares fit of {self.layer} has NaN or infinite sums; look for them in the calibration images, "
                 "and in the weights of the layers up to this one"
             )
         grams, crosses = products.split([unknowns, products.shape[3] - unknowns], dim=3)
-        candidates = [ridge * factor for factor in RIDGE_FACTORS] if reduce(self.rows).all() else []
+        candidates = [ridge * factor for factor in RIDGE_FACTORS] if workers.sum(self.rows).all() else []
         losses = []
         for value in candidates:
             change = _ridge_solution(grams[0], crosses[0], grams.new_full(grams.shape[1:2], value), self.layer)
@@ -100,7 +98,7 @@ def _ridge_solution(gram: Tensor, cross: Tensor, ridge: Tensor, layer: str) -> T
             raise ReconstructionError(
                 f"the least-squares fit of {layer} is not positive definite even with a ridge of {LARGEST_RIDGE:g} times its "
                 "mean diagonal, which sums of products always are; look for activations too large for their precision, and on "
-                "several processes for a `reduce` that does not sum"
+                "several processes for workers that do not sum"
             )
         ridge = torch.where(failed > 0, (10 * ridge).clamp_min(1e-12), ridge)
     weights = torch.cholesky_solve(targets, factor)

@@ -5,18 +5,19 @@ identity on kept channels, and the row of a removed channel s says how much of w
 `reconstruct` refits whole kernels instead (`reconstruction.py`). All rules work at full width.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan, Slot
 from hf_camphive.network.graph.program import operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
-from hf_camphive.pruning.merging.reconstruction import Reduce, constant_carrier, reconstruct
+from hf_camphive.pruning.merging.reconstruction import constant_carrier, reconstruct
+from hf_camphive.pruning.merging.task import MergeTask
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,30 @@ def lstsq(cut: ConsumerCut) -> Mixture:
 
 @dataclass(frozen=True)
 class MergeRule:
-    """A rule, what it needs, and whether BatchNorm statistics must be recalibrated after it."""
+    """A merge rule: `apply` returns the full-width weights after it, the columns of removed channels zero.
 
-    mix: Callable[[ConsumerCut], Mixture] | None
+    What else a run needs to know of it: whether it reads images, wants cyclic pairs in the plan, needs BatchNorm's
+    statistics recalibrated afterwards, and fits the weights of implants rather than leaving them at zero.
+    """
+
+    apply: Callable[[MergeTask], State]
     looks_at_data: bool = False
     pairs: bool = False
     recalibrate: bool = True
+    fits_implants: bool = False
 
 
-MERGE_RULES: dict[str, MergeRule] = {
-    "reconstruct": MergeRule(None, looks_at_data=True, recalibrate=False),
-    "lstsq": MergeRule(lstsq, looks_at_data=True),
-    "nearest": MergeRule(nearest, looks_at_data=True),
-    "cyclic-ls": MergeRule(cyclic_ls, looks_at_data=True, pairs=True),
-    "cyclic": MergeRule(cyclic, pairs=True),
-    "none": MergeRule(none),
-}
+def mixing(mix: Callable[[ConsumerCut], Mixture], looks_at_data: bool = False, pairs: bool = False) -> MergeRule:
+    """Return the rule that replaces each removed channel by a mixture of kept ones, consumer by consumer."""
+    return MergeRule(partial(mix_channels, mix, looks_at_data), looks_at_data, pairs)
+
+
+MERGE_RULES: dict[str, MergeRule] = {}
+
+
+def merge(task: MergeTask) -> State:
+    """Return full-width weights after the plan's merge rule; the columns of removed channels are zero."""
+    return MERGE_RULES[task.plan.merge].apply(task)
 
 
 def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
@@ -117,27 +126,12 @@ def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
     return replace(plan, cuts=cuts)
 
 
-def merge(
-    state: Mapping[str, Tensor],
-    plan: PrunePlan,
-    trace: Trace,
-    batches: Sequence[Tensor],
-    config: CampHiVeConfig,
-    *,
-    reduce: Reduce = lambda tensor: tensor,
-    progress: bool = False,
-) -> State:
-    """Full-width weights after the plan's merge rule; the columns of removed channels are zero.
+def mix_channels(mix: Callable[[ConsumerCut], Mixture], looks_at_data: bool, task: MergeTask) -> State:
+    """Replace W by W R for each consumer, with R from `mix`; constants go where a bias or a norm can carry them.
 
-    `reconstruct` fits implants as well; all other rules merge them like any victim, and what reads them starts at zero.
-    `batches` are calibration images [N, C, H, W], this process's share; `reduce` sums a tensor over processes.
+    Implants are merged like any removed channel, and what reads them starts at zero.
     """
-    rule = MERGE_RULES[plan.merge]
-    if rule.mix is None:
-        return reconstruct(
-            state, plan, trace, batches, ridge=config.ridge, seed=config.seed, reduce=reduce, progress=progress
-        )
-    plan, layers = plan.without_implants(), _layers(trace)
+    plan, state, layers = task.plan.without_implants(), task.state, _layers(task.trace)
     pairs = {cut.group: cut.pairs for cut in plan.cuts}
     consumers = [
         (group, slot, plan.keep[group.name])
@@ -146,16 +140,16 @@ def merge(
         if 0 < len(plan.keep[group.name]) < group.size
     ]
     read = {slot.tensor for _, slot, _ in consumers}
-    moments = _moments(trace, state, batches, {layers[name] for name in read}, reduce) if rule.looks_at_data else {}
+    moments = _moments(task, {layers[name] for name in read}) if looks_at_data else {}
     merged = dict(state)
     for group, slot, keep in consumers:
         mean, second = None, None
         if moments:
             per_group = state[slot.tensor].shape[1]
             mean, second = _on_channels(moments[layers[slot.tensor]], slot, group.size, per_group)
-        rows, constant = rule.mix(ConsumerCut(group.size, keep, pairs[group.name], mean, second, config.ridge))
+        rows, constant = mix(ConsumerCut(group.size, keep, pairs[group.name], mean, second, task.ridge))
         merged[slot.tensor], extra = _mixed(merged[slot.tensor], slot, rows, constant)
-        carrier = constant_carrier(layers[slot.tensor], trace.graph.tensors)
+        carrier = constant_carrier(layers[slot.tensor], task.trace.graph.tensors)
         if carrier and extra.any():
             name, sign = carrier
             merged[name] = merged[name] + sign * extra.to(merged[name])
@@ -168,15 +162,13 @@ def _layers(trace: Trace) -> dict[str, fx.Node]:
     return {tensors[weight]: node for node in trace.graph.operations if (weight := weight_of(node)) in tensors}
 
 
-def _moments(
-    trace: Trace, state: Mapping[str, Tensor], batches: Sequence[Tensor], layers: set[fx.Node], reduce: Reduce
-) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+def _moments(task: MergeTask, layers: set[fx.Node]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """(mean [C_in], second moment [C_in, C_in]) of each layer's input channels over images and positions, in float64."""
     sums: dict[fx.Node, Tensor] = {}
     sources = {layer: layer.args[0] for layer in layers}
     with torch.no_grad():
-        for images in batches:
-            values = dict(zip(sources, trace.graph.run(state, images, list(sources.values()))))
+        for images in task.images:
+            values = dict(zip(sources, task.trace.graph.run(task.state, images, list(sources.values()))))
             for layer, x in values.items():
                 rows = x.movedim(1, -1) if operation(layer) == "conv2d" else x
                 rows = rows.reshape(-1, rows.shape[-1])
@@ -184,7 +176,7 @@ def _moments(
                 sums[layer] = sums.get(layer, 0) + sum((part.mT @ part).double() for part in rows.split(8192))
     moments = {}
     for layer, total in sums.items():
-        total = reduce(total).cpu()
+        total = task.workers.sum(total).cpu()
         total = total / total[-1, -1]
         moments[layer] = (total[-1, :-1], total[:-1, :-1])
     return moments
@@ -229,3 +221,13 @@ def cyclic_pairs(scores: Tensor, keep: Iterable[int]) -> tuple[tuple[int, int], 
     if not receivers:
         return ()
     return tuple((c, receivers[r % len(receivers)]) for r, c in enumerate(removed))
+
+
+MERGE_RULES |= {
+    "reconstruct": MergeRule(reconstruct, looks_at_data=True, recalibrate=False, fits_implants=True),
+    "lstsq": mixing(lstsq, looks_at_data=True),
+    "nearest": mixing(nearest, looks_at_data=True),
+    "cyclic-ls": mixing(cyclic_ls, looks_at_data=True, pairs=True),
+    "cyclic": mixing(cyclic, pairs=True),
+    "none": mixing(none),
+}

@@ -21,7 +21,7 @@ def zero_weights(context: ScoringContext) -> dict[str, Tensor]:
     v is the dominant eigenvector of H in weight space (CAMP-HiVe, arXiv:2511.06265). Deviation: the authors' code zeroes
     norms' gains and biases as well, which empties channels by accident; these stay here.
     """
-    config, state = context.config, context.state
+    config, state = context.config, context.analysis.state
     return {
         name: merge_weights(state[name], v.abs(), config.sparsity, COEFFICIENTS[config.merge])
         for name, v in dominant_eigenvector(context).items()

@@ -7,6 +7,7 @@ from math import prod
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import Branch, ChannelGroup
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.pruning.planning.limits import floors
 
 Costs = Mapping[str, float]
@@ -45,11 +46,11 @@ class CostTerm:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What planning knows of a network: its groups, droppable branches, those groups that lie between blocks, and its costs.
+    """What planning knows of a network: groups, droppable branches, the groups between blocks, and its costs.
 
     MACs per image = sum over weights of positions[weight] * product of shapes[weight]; `parameters` names what counts as
-    a parameter, `operations` are the parts of its latency. `dense_sizes` are the groups' widths before the first cycle,
-    where they differ from today's.
+    a parameter, `operations` are the terms of its latency. `dense_sizes` are the groups' widths before the first cycle,
+    where they differ from the present ones.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -61,8 +62,22 @@ class CostModel:
     operations: tuple[CostTerm, ...] = ()
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, analysis: NetworkAnalysis, dense_sizes: Mapping[str, int] | None = None) -> "CostModel":
+        """Return the cost model of an analysed network, without its latency."""
+        return cls(
+            analysis.groups,
+            analysis.branches,
+            analysis.exterior,
+            analysis.trace.positions,
+            analysis.shapes,
+            analysis.parameters,
+            dense_sizes=dense_sizes or {},
+        )
+
     @property
     def macs(self) -> int:
+        """MACs per image at full width."""
         return sum(count * prod(self.shapes[name]) for name, count in self.positions.items())
 
     def floors(self, config: CampHiVeConfig) -> dict[str, int]:
@@ -72,11 +87,11 @@ class CostModel:
     def costs(self) -> dict[str, float]:
         """What the network costs now, of all that is known: "macs", "params", "latency"."""
         kept = {group.name: group.size for group in self.groups}
-        found = {cost: sum(part.at(kept, ()) for part in self.parts(cost)) for cost in ("macs", "params", "latency")}
+        found = {cost: sum(term.at(kept, ()) for term in self.terms(cost)) for cost in ("macs", "params", "latency")}
         return {cost: value for cost, value in found.items() if value}
 
-    def parts(self, cost: str) -> tuple[CostTerm, ...]:
-        """The parts that a cost is the sum of."""
+    def terms(self, cost: str) -> tuple[CostTerm, ...]:
+        """Return the terms whose sum is this cost."""
         if cost == "latency":
             return self.operations
         if cost == "macs":

@@ -120,13 +120,13 @@ class _GreedyPruner:
         gated = [branch for branch in network.branches if any(self.floor.get(gate) == 0 for gate in branch.gates)]
         self.branch_of_gate = {gate: branch for branch in gated for gate in branch.gates if gate in self.floor}
         self.dropped: list[str] = []
-        self.parts = [(cost, part) for cost in {"macs": 0, **targets} for part in network.parts(cost)]
-        self.values = [part.at(self.kept, ()) for _, part in self.parts]
+        self.terms = [(cost, term) for cost in {"macs": 0, **targets} for term in network.terms(cost)]
+        self.values = [term.at(self.kept, ()) for _, term in self.terms]
         self.totals: dict[str, float] = dict.fromkeys(("macs", *targets), 0)
-        for (cost, _), value in zip(self.parts, self.values):
+        for (cost, _), value in zip(self.terms, self.values):
             self.totals[cost] += value
         self.asked = {cost: self.totals[cost] - target for cost, target in targets.items()}
-        self._index_parts()
+        self._index_terms()
         self.steps = {name: list(self._steps(name)) for name in self.groups}
 
     def _rank(self, scores: Mapping[str, Tensor]) -> None:
@@ -144,21 +144,21 @@ class _GreedyPruner:
             if self.threshold == "percentile":
                 self.score[name] = [(rank + 1) / group.size for rank in range(group.size)]
 
-    def _index_parts(self) -> None:
-        """Which parts depend on each group and lie in each branch, and whose steps' savings depend on each part."""
-        self.parts_of: dict[str, set[int]] = defaultdict(set)
-        self.parts_in: dict[str, set[int]] = defaultdict(set)
-        for i, (_, part) in enumerate(self.parts):
-            for width in part.widths:
+    def _index_terms(self) -> None:
+        """Which parts depend on each group and lie in each branch, and whose steps' savings depend on each term."""
+        self.terms_of: dict[str, set[int]] = defaultdict(set)
+        self.terms_in: dict[str, set[int]] = defaultdict(set)
+        for i, (_, term) in enumerate(self.terms):
+            for width in term.widths:
                 for group, _ in width.groups:
-                    self.parts_of[group].add(i)
-            if part.branch is not None:
-                self.parts_in[part.branch].add(i)
+                    self.terms_of[group].add(i)
+            if term.branch is not None:
+                self.terms_in[term.branch].add(i)
         self.affected: dict[int, set[str]] = defaultdict(set)
         for name in self.groups:
-            read = set(self.parts_of[name])
+            read = set(self.terms_of[name])
             if branch := self.branch_of_gate.get(name):
-                read |= self.parts_in[branch.module].union(*(self.parts_of[group] for group in branch.groups))
+                read |= self.terms_in[branch.module].union(*(self.terms_of[group] for group in branch.groups))
             for i in read:
                 self.affected[i].add(name)
 
@@ -180,8 +180,8 @@ class _GreedyPruner:
         if module:
             self.dropped.append(module)
         for i in changed:
-            cost, part = self.parts[i]
-            value = part.at(self.kept, self.dropped)
+            cost, term = self.terms[i]
+            value = term.at(self.kept, self.dropped)
             self.totals[cost] += value - self.values[i]
             self.values[i] = value
         for group in sorted(set().union(*(self.affected[i] for i in changed))):
@@ -226,11 +226,11 @@ class _GreedyPruner:
 
     def _changed(self, counts: Mapping[str, int]) -> tuple[set[int], str | None]:
         """The parts that a removal touches, and the branch that goes with it."""
-        changed = set().union(*(self.parts_of[group] for group in counts))
+        changed = set().union(*(self.terms_of[group] for group in counts))
         for group, count in counts.items():
             if count == self.kept[group] and group in self.branch_of_gate:
                 module = self.branch_of_gate[group].module
-                return changed | self.parts_in[module], module
+                return changed | self.terms_in[module], module
         return changed, None
 
     def _saved(self, counts: Mapping[str, int]) -> Costs:
@@ -241,8 +241,8 @@ class _GreedyPruner:
         dropped = [*self.dropped, module]
         saved = dict.fromkeys(self.totals, 0)
         for i in changed:
-            cost, part = self.parts[i]
-            saved[cost] += self.values[i] - part.at(self.kept, dropped)
+            cost, term = self.terms[i]
+            saved[cost] += self.values[i] - term.at(self.kept, dropped)
         self.kept = kept
         return saved
 

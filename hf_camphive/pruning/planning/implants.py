@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.program import operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.implants import _has_kernel, implanted_slots
@@ -28,15 +29,14 @@ def with_implants(
     target_macs: int,
     ratio: float,
     scores: Mapping[str, Tensor],
-    trace: Trace,
-    shapes: Mapping[str, tuple[int, ...]],
+    analysis: NetworkAnalysis,
 ) -> PrunePlan:
     """A plan in which the `ratio` most sensitive victims keep 1x1 kernels, with at most `target_macs` all told.
 
     Implants cost MACs, so that others must go for them: `plan_for(target)` is asked for ever smaller networks until
     implants fit as well. Raises `PlanError` where no group can have implants, or where they cannot be made to fit.
     """
-    groups = implantable_groups(trace)
+    groups = implantable_groups(analysis.trace)
     if not groups:
         raise PlanError(
             "implant_ratio is set, but no channel group of this network is made or read by a dense convolution larger "
@@ -53,7 +53,7 @@ def with_implants(
                 f"a budget of {target_macs:,} MACs per image leaves no room for implants ({error}); lower implant_ratio"
             ) from error
         plan = _implanted(plan, ratio, scores, groups)
-        macs = macs_after(plan, trace.positions, shapes)
+        macs = macs_after(plan, analysis.trace.positions, analysis.shapes)
         if macs <= target_macs:
             budgets = tuple(
                 replace(b, target=target_macs, after=macs) if b.cost == "macs" else b for b in plan.budgets

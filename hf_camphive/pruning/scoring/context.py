@@ -1,91 +1,101 @@
 """What a criterion may look at: the network, its calibration images, and the gradients and products they give."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.curvature.eigensolvers import SolverState
-from hf_camphive.curvature.gates import GateSpace, gate_gradients, gate_space
-from hf_camphive.curvature.operators import Batch, curvature_cotangent, label_cotangent
+from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.curvature.cotangents import curvature_cotangent, label_cotangent
+from hf_camphive.curvature.eigensolvers import SolverCheckpoint
+from hf_camphive.curvature.gates import GatedNetwork, GateSpace
+from hf_camphive.curvature.operators import Batch
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.training.data.calibration import Calibration
 
 Scores = dict[str, Tensor]
-Reduce = Callable[[Tensor], Tensor]
 
 
-class SolverCheckpoint(Protocol):
-    """Where the state of an iteration outlives an interruption."""
-
-    def load(self) -> SolverState | None: ...
-
-    def save(self, state: SolverState) -> None: ...
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoringContext:
-    """What a criterion may look at: the traced network with its weights, and this process's calibration images.
+    """The analysed network with its weights, this process's calibration images, and the settings of the run.
 
-    `indices` number the images over all processes, so that what is drawn at random for an image does not depend on how
-    images are spread; `total` counts them, `reduce` sums a tensor over processes. An iteration keeps where it stands in
-    `memory`, and goes on from there.
+    `workers` sum over processes. An iteration keeps its state in `checkpoint`, and starts from what is there.
     """
 
-    trace: Trace
-    state: Mapping[str, Tensor]
-    images: tuple[Tensor, ...]
-    labels: tuple[Tensor, ...]
-    indices: tuple[Tensor, ...]
-    total: int
+    analysis: NetworkAnalysis
+    calibration: Calibration
     config: CampHiVeConfig
-    reduce: Reduce = lambda tensor: tensor
-    progress: bool = False
-    memory: SolverCheckpoint | None = None
+    workers: Workers = ALONE
+    checkpoint: SolverCheckpoint | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """The traced network: its operations and channel groups."""
+        return self.analysis.trace
+
+    @cached_property
+    def network(self) -> GatedNetwork:
+        """The network as a function of its channel gates."""
+        return GatedNetwork(self.trace, self.analysis.state)
 
     @property
     def gates(self) -> GateSpace:
-        return gate_space(self.trace, self.state)
+        """Which gate belongs to which channel."""
+        return self.network.gates
+
+    @property
+    def total(self) -> int:
+        """Number of calibration images over all processes."""
+        return self.calibration.total
+
+    def weight(self, name: str) -> Tensor:
+        """Return a weight of the network, in float64 on the CPU."""
+        return self.analysis.state[name].detach().cpu().double()
 
     def batches(self, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        batches = list(zip(self.images, self.labels, self.indices))
-        return iter(tqdm(batches, desc=description, unit="batch", disable=not self.progress, leave=False))
+        """Yield (images [N, C, H, W], labels [N], numbers among all processes' images [N]), with a progress bar."""
+        calibration = self.calibration
+        batches = list(zip(calibration.images, calibration.labels, calibration.indices))
+        return self.workers.track(batches, description, "batch")
 
     def label_gradients(self, description: str) -> Iterator[Tensor]:
-        """Gate gradients [N, S] of each image's own cross-entropy at its true label, in float64, batch by batch."""
-        gates = self.gates
+        """Yield gate gradients [N, S] of each image's own cross-entropy at its true label, in float64, batch by batch."""
         for images, labels, _ in self.batches(description):
-            cotangent = partial(label_cotangent, labels=labels)
-            yield gate_gradients(self.trace, self.state, gates, images, cotangent).double()
+            yield self.network.gradients(images, partial(label_cotangent, labels=labels)).double()
 
     def signs(self) -> Tensor:
-        """Random signs for each class of each calibration image of all processes, [N, K]."""
+        """Draw random signs for each class of each calibration image of all processes, [N, K].
+
+        They belong to an image's number, so that they do not depend on how images are spread over processes.
+        """
         classes = self.trace.graph.logits.meta["val"].shape[-1]
         generator = torch.Generator().manual_seed(self.config.seed)
         return torch.randint(0, 2, (self.total, classes), generator=generator) * 2 - 1
 
     def model_gradients(self, description: str) -> Iterator[Tensor]:
-        """Gate gradients g_n = J_n^T z_n [N, S] in float64 with E[z z^T] = diag(p) - p p^T, batch by batch.
+        """Yield gate gradients g_n = J_n^T z_n [N, S] in float64 with E[z z^T] = diag(p) - p p^T, batch by batch.
 
         mean_n g_n g_n^T is the Gauss-Newton matrix in expectation (`curvature_cotangent`).
         """
-        gates, signs = self.gates, self.signs()
+        signs = self.signs()
         for images, _, indices in self.batches(description):
             cotangent = partial(curvature_cotangent, signs=signs[indices.cpu()].to(images.device))
-            yield gate_gradients(self.trace, self.state, gates, images, cotangent).double()
+            yield self.network.gradients(images, cotangent).double()
 
     def curvature_batches(self) -> tuple[list[Batch], int]:
-        """This process's part of the first `curvature_images` images and labels, and their number over all processes."""
-        share = self.config.curvature_images / max(self.total, 1)
-        budget = min(sum(map(len, self.images)), round(share * sum(map(len, self.images))))
+        """Return this process's share of the first `curvature_images` images and labels, and their number over all processes."""
+        calibration = self.calibration
+        held = sum(map(len, calibration.images))
+        left = min(held, round(self.config.curvature_images / max(self.total, 1) * held))
         batches = []
-        for images, labels in zip(self.images, self.labels):
-            if budget > 0:
-                batches.append((images[:budget], labels[:budget]))
-                budget -= len(batches[-1][0])
+        for images, labels in zip(calibration.images, calibration.labels):
+            if left > 0:
+                batches.append((images[:left], labels[:left]))
+                left -= len(batches[-1][0])
         count = torch.tensor([float(sum(len(images) for images, _ in batches))], dtype=torch.float64)
-        return batches, int(self.reduce(count))
+        return batches, int(self.workers.sum(count))

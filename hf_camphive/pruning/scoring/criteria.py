@@ -10,17 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hf_camphive.curvature.eigensolvers import lanczos, power_iteration
-from hf_camphive.curvature.gates import gate_gradients
-from hf_camphive.curvature.operators import (
-    Curvature,
-    curvature_cotangent,
-    factored_curvature,
-    gate_curvature,
-    gauss_newton_factor,
-)
+from hf_camphive.curvature.cotangents import curvature_cotangent
+from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_iteration
+from hf_camphive.curvature.operators import Curvature, factored_curvature, gate_curvature
 from hf_camphive.network.graph.program import operation
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext
 from hf_camphive.pruning.scoring.merge_loss import (
@@ -54,7 +47,7 @@ def fisher(context: ScoringContext) -> Scores:
     total = torch.zeros(gates.size, dtype=torch.float64)
     for gradients in context.model_gradients("Score (fisher)"):
         total += gradients.square().sum(0).cpu()
-    return gates.split(0.5 * context.reduce(total) / context.total)
+    return gates.split(0.5 * context.workers.sum(total) / context.total)
 
 
 def merge_aware(context: ScoringContext) -> Scores:
@@ -65,12 +58,12 @@ def merge_aware(context: ScoringContext) -> Scores:
     A group whose consumers do not read its channels one by one is judged by plain removal. All merge rules are judged by
     least squares: the change that each makes itself ranks channels worse (docs/ablation.md).
     """
-    names = mergeable(context.trace, context.gates)
+    names = mergeable(context.network)
     products, seconds, removal = _merge_sums(context, names, "Score (merge-aware)")
     scores = context.gates.split(0.5 * removal.square().sum(0) / context.total)
     for name in sorted(names):
-        total = context.reduce(products.pop(name)) / context.total**0.5
-        scores[name] = merge_losses(total, context.reduce(seconds.pop(name)))
+        total = context.workers.sum(products.pop(name)) / context.total**0.5
+        scores[name] = merge_losses(total, context.workers.sum(seconds.pop(name)))
     return scores
 
 
@@ -81,14 +74,14 @@ def merge_joint(context: ScoringContext) -> Scores:
     takes with it at full width where plans are made by score per cost. Groups outside of the run's scope take no part.
     """
     gates = context.gates
-    names = mergeable(context.trace, gates)
+    names = mergeable(context.network)
     costs = channel_costs(context)
     products, seconds, removal = _merge_sums(context, names, "Score (merge-joint)", together=frozenset(costs))
     descents = {}
     for name in sorted(gates.slices):
         if name in names:
-            total = context.reduce(products.pop(name)) / context.total**0.5
-            descents[name] = merge_moves(total, context.reduce(seconds.pop(name)))
+            total = context.workers.sum(products.pop(name)) / context.total**0.5
+            descents[name] = merge_moves(total, context.workers.sum(seconds.pop(name)))
         else:
             moves = removal[:, gates.slices[name]].T / context.total**0.5
             descents[name] = moves.square().sum(1).argsort(stable=True), moves
@@ -125,16 +118,16 @@ def _merge_sums(
         for images, indices in zip(batch.split(some), numbers.split(some)):
             drawn = signs[indices.cpu()].to(images.device)
             cotangent = partial(curvature_cotangent, signs=drawn, temperature=SCORE_TEMPERATURE)
-            for name, m, s in consumer_products(context.trace, context.state, names, images, cotangent):
+            for name, m, s in consumer_products(context.network, names, images, cotangent):
                 if name not in products:
                     products[name] = m.new_zeros(rows[name], *m.shape[1:])
                     seconds[name] = torch.zeros_like(s, dtype=torch.float64)
                 products[name].index_add_(0, indices.to(m.device) % rows[name], m)
                 seconds[name] += s
             if of_gates:
-                gradients = gate_gradients(context.trace, context.state, gates, images, cotangent)
+                gradients = context.network.gradients(images, cotangent)
                 removal.index_add_(0, indices.cpu() % of_gates, gradients.double().cpu())
-    return products, seconds, context.reduce(removal)
+    return products, seconds, context.workers.sum(removal)
 
 
 def taylor(context: ScoringContext) -> Scores:
@@ -143,7 +136,7 @@ def taylor(context: ScoringContext) -> Scores:
     total = torch.zeros(gates.size, dtype=torch.float64)
     for gradients in context.label_gradients("Score (taylor)"):
         total += gradients.abs().sum(0).cpu()
-    return gates.split(context.reduce(total) / context.total)
+    return gates.split(context.workers.sum(total) / context.total)
 
 
 def hive(context: ScoringContext) -> Scores:
@@ -154,19 +147,21 @@ def hive(context: ScoringContext) -> Scores:
     eigenvectors, the quadratic form above. With all eigenpairs of the Gauss-Newton matrix it is `fisher` without its
     random signs.
     """
-    config, gates, memory = context.config, context.gates, context.memory
+    config, gates = context.config, context.gates
     matrix = _gauss_newton(context) if config.curvature == "gauss-newton" else _hessian(context)
     found = EIGENSOLVERS[config.eigensolver](
         matrix,
         gates.size,
         config.num_eigenpairs,
-        steps=config.power_steps,
-        tolerance=config.power_tolerance,
-        generator=torch.Generator().manual_seed(config.seed),
-        dtype=torch.float64,  # vectors of a few thousand entries cost nothing; products stay in the network's precision
-        start=memory and memory.load(),
-        keep=memory and memory.save,
-        progress=context.progress,
+        # Vectors of a few thousand entries cost nothing in float64; products stay in the network's precision.
+        SolverOptions(
+            steps=config.power_steps,
+            tolerance=config.power_tolerance,
+            generator=torch.Generator().manual_seed(config.seed),
+            dtype=torch.float64,
+            checkpoint=context.checkpoint,
+        ),
+        workers=context.workers,
     )
     if not found.converged:
         logger.warning("hive: %s (power_steps, power_tolerance)", found.verdict)
@@ -175,8 +170,7 @@ def hive(context: ScoringContext) -> Scores:
 
 def _hessian(context: ScoringContext) -> Curvature:
     batches, total = context.curvature_batches()
-    options = {"total": total, "reduce": context.reduce, "progress": context.progress}
-    return gate_curvature(context.trace, context.state, context.gates, batches, **options)
+    return gate_curvature(context.network, batches, total=total, workers=context.workers)
 
 
 def _gauss_newton(context: ScoringContext) -> Curvature:
@@ -185,11 +179,11 @@ def _gauss_newton(context: ScoringContext) -> Curvature:
     signs, passes = context.signs(), context.config.curvature_passes
     rows = []
     for (images, _), numbers in zip(
-        tqdm(batches, "Score (hive)", unit="batch", disable=not context.progress, leave=False), context.indices
+        context.workers.track(batches, "Score (hive)", "batch"), context.calibration.indices
     ):
         drawn = signs[numbers[: len(images)].cpu()].to(images.device)
-        rows.append(gauss_newton_factor(context.trace, context.state, context.gates, images, passes, drawn))
-    return factored_curvature(rows, context.gates.size, total, reduce=context.reduce)
+        rows.append(context.network.factor(images, passes, drawn))
+    return factored_curvature(rows, context.gates.size, total, workers=context.workers)
 
 
 def magnitude(context: ScoringContext) -> Scores:
@@ -197,9 +191,7 @@ def magnitude(context: ScoringContext) -> Scores:
     gates = context.gates
     total = torch.zeros(gates.size + 1, dtype=torch.float64)
     for name, index in gates.inputs.items():
-        total.index_add_(
-            0, index, context.state[name].detach().cpu().double().square().movedim(1, 0).flatten(1).sum(1)
-        )
+        total.index_add_(0, index, context.weight(name).square().movedim(1, 0).flatten(1).sum(1))
     return {name: values / values.mean().clamp_min(1e-300) for name, values in gates.split(total[:-1]).items()}
 
 
@@ -215,7 +207,7 @@ def bn_scale(context: ScoringContext) -> Scores:
     for group in context.trace.groups:
         if not group.frozen:
             found = [
-                context.state[slot.tensor].detach().cpu().double().abs()[list(slot.index)].view(group.size, -1).mean(1)
+                context.weight(slot.tensor).abs()[list(slot.index)].view(group.size, -1).mean(1)
                 for slot in group.slots
                 if slot.tensor in gains
             ]

@@ -12,7 +12,7 @@ from math import inf, nextafter
 import torch
 from torch import Tensor, fx
 
-from hf_camphive.curvature.gates import GateSpace
+from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
 
@@ -21,8 +21,9 @@ ROUND = 64  # one in so many of the channels that are left goes in a round
 Product = tuple[Tensor, Tensor]
 
 
-def mergeable(trace: Trace, gates: GateSpace) -> frozenset[str]:
+def mergeable(network: GatedNetwork) -> frozenset[str]:
     """Groups whose channels are read one by one, by layers that are used once and are not grouped."""
+    trace, gates = network.trace, network.gates
     uses = Counter(_weight(trace, node) for node in trace.graph.operations)
     grouped = {
         _weight(trace, node)
@@ -42,23 +43,20 @@ def mergeable(trace: Trace, gates: GateSpace) -> frozenset[str]:
 
 
 def consumer_products(
-    trace: Trace,
-    state: Mapping[str, Tensor],
-    names: frozenset[str],
-    images: Tensor,
-    cotangent: Callable[[Tensor], Tensor],
+    network: GatedNetwork, names: frozenset[str], images: Tensor, cotangent: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(group, M [N, C, C + 1], S [C + 1, C + 1]) of each of these groups, one for each of its consumers.
 
     M_nst = sum over positions of g_s a_t and S_st = sum over images and positions of a_s a_t, where a are the channels as
     the consumer reads them, the last one a constant 1, and g = dL/da for the cotangent dL/dlogits of each image.
     """
+    trace = network.trace
     slots = {slot.tensor: [] for group in trace.groups if group.name in names for slot in group.consumers()}
     for group in trace.groups:
         for slot in group.consumers() if group.name in names else ():
             slots[slot.tensor].append((group.name, torch.tensor(slot.index, device=images.device)))
     with torch.enable_grad():
-        logits, inputs = _run(trace, state, images, slots)
+        logits, inputs = _run(trace, network.state, images, slots)
         gradients = torch.autograd.grad(logits, list(inputs.values()), cotangent(logits.detach()).to(logits))
     for (tensor, value), gradient in zip(inputs.items(), gradients):
         a, g = (_channels_first(v.detach()) for v in (value, gradient))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature.operators import gate_curvature
-from hf_camphive.network.graph.blocks import exterior_groups
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext
 from hf_camphive.pruning.scoring.weight_space import _free
 
@@ -23,10 +22,10 @@ def sosp_h(context: ScoringContext) -> Scores:
     gradient = torch.zeros(gates.size, dtype=torch.float64)
     for gradients in context.label_gradients("Score (sosp-h), gradient"):
         gradient += gradients.sum(0).cpu()
-    gradient = context.reduce(gradient) / context.total
-    batches = list(zip(context.images, context.labels))
-    options = {"total": context.total, "reduce": context.reduce, "progress": context.progress}
-    matrix = gate_curvature(context.trace, context.state, gates, batches, context.config.curvature, **options)
+    gradient = context.workers.sum(gradient) / context.total
+    batches = list(zip(context.calibration.images, context.calibration.labels))
+    options = {"total": context.total, "workers": context.workers}
+    matrix = gate_curvature(context.network, batches, context.config.curvature, **options)
     curved = matrix(torch.ones(gates.size, dtype=torch.float64))
     return gates.split(gradient.abs() + 0.5 * curved.abs())
 
@@ -46,9 +45,9 @@ def sosp_i(context: ScoringContext) -> Scores:
     for gradients in context.label_gradients("Score (sosp-i), gradient"):
         gradient += gradients.sum(0).cpu()
     rows = torch.zeros(context.total, gates.size)
-    for gradients, numbers in zip(context.model_gradients("Score (sosp-i), matrix"), context.indices):
+    for gradients, numbers in zip(context.model_gradients("Score (sosp-i), matrix"), context.calibration.indices):
         rows[numbers.cpu()] = gradients.float().cpu()
-    gradient, rows = context.reduce(gradient) / context.total, context.reduce(rows) / context.total**0.5
+    gradient, rows = context.workers.sum(gradient) / context.total, context.workers.sum(rows) / context.total**0.5
 
     def row(s: int) -> Tensor:
         return (rows[:, s] @ rows).abs()
@@ -79,7 +78,7 @@ def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor,
 
 def channel_costs(context: ScoringContext) -> dict[str, float]:
     """What a channel of each group in the run's scope costs a greedy choice: its MACs at full width, or 1 with thresholds."""
-    exterior = exterior_groups(context.trace) if context.config.scope == "interior" else ()
+    exterior = context.analysis.exterior if context.config.scope == "interior" else ()
     adaptive = context.config.threshold == "adaptive"
     return {
         group.name: max(1, _macs_of_a_channel(context, group)) if adaptive else 1
@@ -93,7 +92,7 @@ def _macs_of_a_channel(context: ScoringContext, group: ChannelGroup) -> int:
     saved = 0
     for slot in group.slots:
         if slot.tensor in context.trace.positions:
-            shape = context.state[slot.tensor].shape
+            shape = context.analysis.state[slot.tensor].shape
             elements = shape.numel() // shape[slot.axis] * (len(slot.index) // group.size)
             saved += context.trace.positions[slot.tensor] * elements
     return saved

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_camphive.core.plan import ChannelGroup
-from hf_camphive.curvature.eigensolvers import Product, power_iteration
-from hf_camphive.curvature.estimators import hutchinson
+from hf_camphive.curvature.eigensolvers import Product, SolverOptions, power_iteration
+from hf_camphive.curvature.estimators import SamplingOptions, hutchinson
 from hf_camphive.curvature.operators import weight_curvature
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext
@@ -37,13 +37,13 @@ def hap(context: ScoringContext) -> Scores:
     and scatters the results back to full width.
     """
     config = context.config
-    weights = {name: context.state[name].detach().cpu().double() for name in context.trace.positions}
+    weights = {name: context.weight(name) for name in context.trace.positions}
     estimate = hutchinson(
         weight_product(context),
         sum(weight.numel() for weight in weights.values()),
         config.hutchinson_probes,
-        generator=torch.Generator().manual_seed(config.seed),
-        progress=context.progress,
+        SamplingOptions(torch.Generator().manual_seed(config.seed)),
+        workers=context.workers,
     )
     diagonal = estimate.diagonal.value
     traces = _over_filters(context.trace, _split(diagonal, weights))
@@ -57,18 +57,19 @@ def hap(context: ScoringContext) -> Scores:
 
 def dominant_eigenvector(context: ScoringContext) -> dict[str, Tensor]:
     """The eigenvector of the largest |eigenvalue| in weight space, as {weight: tensor of its shape}, by power iteration."""
-    config, memory = context.config, context.memory
-    weights = {name: context.state[name] for name in context.trace.positions}
+    config = context.config
+    weights = {name: context.analysis.state[name] for name in context.trace.positions}
     found = power_iteration(
         weight_product(context),
         sum(weight.numel() for weight in weights.values()),
         1,
-        steps=config.power_steps,
-        tolerance=config.power_tolerance,
-        generator=torch.Generator().manual_seed(config.seed),
-        start=memory and memory.load(),
-        keep=memory and memory.save,
-        progress=context.progress,
+        SolverOptions(
+            steps=config.power_steps,
+            tolerance=config.power_tolerance,
+            generator=torch.Generator().manual_seed(config.seed),
+            checkpoint=context.checkpoint,
+        ),
+        workers=context.workers,
     )
     if not found.converged:
         logger.warning("eigenvector in weight space: %s (power_steps, power_tolerance)", found.verdict)
@@ -77,14 +78,14 @@ def dominant_eigenvector(context: ScoringContext) -> dict[str, Tensor]:
 
 def weight_product(context: ScoringContext) -> Product:
     """V [P, k] -> the mean over the curvature images of (H or the Gauss-Newton matrix) V, [P, k]."""
-    trace, state = context.trace, context.state
+    trace, state = context.trace, context.analysis.state
     batches, total = context.curvature_batches()
 
     def logits(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
         return trace.graph.run({**state, **weights}, images)[0]
 
     weights = {name: state[name] for name in trace.positions}
-    options = {"total": total, "reduce": context.reduce}
+    options = {"total": total, "workers": context.workers}
     return weight_curvature(logits, weights, batches, context.config.curvature, **options)[0]
 
 

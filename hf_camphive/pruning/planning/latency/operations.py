@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.core.plan import Branch
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.blocks import operations_inside
 from hf_camphive.network.graph.program import TracedProgram, operation
-from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.folding import foldable, shortcut_targets
 from hf_camphive.pruning.planning.costs import Width, axis_widths
 
@@ -69,20 +69,18 @@ def _concrete(value: Any, sizes: Mapping[Width, int]) -> Any:
     return [_concrete(item, sizes) for item in value] if isinstance(value, tuple) else value
 
 
-def network_operations(
-    trace: Trace, branches: Iterable[Branch], shapes: Mapping[str, Sequence[int]], batch: int, folded: bool
-) -> tuple[Operation, ...]:
+def network_operations(analysis: NetworkAnalysis, batch: int, folded: bool) -> tuple[Operation, ...]:
     """Operations of a traced network that take time, for batches of `batch` images.
 
     With `folded`, batch norms that follow a convolution are left out and that convolution has a bias instead; of a dropped
     branch's block nothing is left where its constant can go into a convolution too (`folding.fold`).
     """
-    graph = trace.graph
+    graph, branches, shapes = analysis.trace.graph, analysis.branches, analysis.shapes
     norms = foldable(graph) if folded else {}
-    widths = axis_widths(trace.groups, shapes)
-    sizes = {group.name: group.size for group in trace.groups}
+    widths = axis_widths(analysis.groups, shapes)
+    sizes = {group.name: group.size for group in analysis.groups}
     inside = operations_inside(graph, branches) | (_emptied_blocks(graph, branches, norms) if folded else {})
-    dims: dict[fx.Node, tuple[Dim, ...]] = {graph.image: (batch, *trace.input_size)}
+    dims: dict[fx.Node, tuple[Dim, ...]] = {graph.image: (batch, *analysis.trace.input_size)}
     for node, name in graph.tensors.items():
         dims[node] = tuple(widths.get((name, axis), size) for axis, size in enumerate(shapes[name]))
     for node, value in graph.constants.items():

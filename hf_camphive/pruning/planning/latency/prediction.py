@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_camphive.core.plan import Branch, ChannelGroup
-from hf_camphive.network.graph.program import named_tensors
-from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.core.plan import Branch
+from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.modeling.modeling_camphive import Shortcut, resize, widths_of
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.costs import CostTerm, axis_widths, stream_width
@@ -126,50 +126,45 @@ def _thinned(counts: Sequence[int], most: int) -> list[int]:
 # The network
 
 
-def latency_parts(
-    net: nn.Module,
-    trace: Trace,
-    branches: Sequence[Branch],
-    floor: Mapping[str, int],
-    table: LatencyTable,
-    *,
-    batch: int,
-    folded: bool,
-    step: int,
-    progress: bool = False,
-) -> tuple[CostTerm, ...]:
-    """The operations of `net` as parts whose costs are milliseconds for a batch of `batch` images, eval mode, channels_last.
+@dataclass(frozen=True)
+class LatencyRequest:
+    """Which latency is meant: of batches of `batch` images, of the network as deployed (`fold`) where `folded`.
 
-    `floor` are the fewest channels of each group that may change (`limits.floors`), `step` is what widths are multiples of.
+    `floor` holds the fewest channels of each group that may change (`limits.floors`); widths are multiples of `step`.
+    """
+
+    floor: Mapping[str, int]
+    batch: int = 1
+    folded: bool = False
+    step: int = 1
+
+
+def latency_terms(
+    net: nn.Module,
+    analysis: NetworkAnalysis,
+    table: LatencyTable,
+    request: LatencyRequest,
+    workers: Workers = ALONE,
+) -> tuple[CostTerm, ...]:
+    """Return the operations of `net` as cost terms in milliseconds per batch, eval mode, channels_last.
+
     Measures what the table lacks, and a few whole networks.
     """
-    tensors = named_tensors(net)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtype = next(net.parameters()).dtype
-    sizes = {group.name: group.size for group in trace.groups}
-    operations = network_operations(trace, branches, shapes, batch, folded)
-    grids = [grid_of(op, sizes, floor, step) for op in operations]
-    works: dict[str, Prepare] = {}
-    for op, grid in zip(operations, grids):
-        for point in grid.points():
-            key, args = op.at(point, dtype)
-            works[key] = _prepare_operation(op.target, args, table.device, dtype)
+    operations = network_operations(analysis, request.batch, request.folded)
+    sizes = {group.name: group.size for group in analysis.groups}
+    grids = [grid_of(op, sizes, request.floor, request.step) for op in operations]
     samples: list[tuple[Sample, str]] = []
     networks: dict[str, Prepare] = {}
-    for sample in _samples(sizes, floor, branches, step):
-        small = _sampled(net, trace.groups, branches, shapes, sample)
+    for sample in _samples(sizes, analysis.branches, request):
+        small = _sampled(net, analysis, sample)
         if small is not None:
-            key = _network_key(operations, sample, batch, folded, dtype)
-            networks[key] = _prepare_network(small, trace.input_size, batch, folded, table.device)
+            key = _network_key(operations, sample, request, dtype)
+            networks[key] = _prepare_network(small, analysis.trace.input_size, request, table.device)
             samples.append((sample, key))
-    table.measure(works, progress)
-    table.measure_networks(networks, progress)
-
-    def alone(op: Operation, grid: Grid) -> Callable[..., float]:
-        at = cache(lambda point: table.ms[op.at(point, dtype)[0]])
-        return cache(lambda *found: grid.interpolate(found, at))
-
-    times = [alone(op, grid) for op, grid in zip(operations, grids)]
+    table.measure(_works(operations, grids, table.device, dtype), workers)
+    table.measure_networks(networks, workers)
+    times = [_time_alone(op, grid, table, dtype) for op, grid in zip(operations, grids)]
     sums = [
         [time(*op.sizes_at(sample.kept)) for op, time in zip(operations, times) if op.branch not in sample.dropped]
         for sample, _ in samples
@@ -180,6 +175,24 @@ def latency_parts(
         CostTerm(op.widths, lambda *found, time=time: scale * time(*found) + overhead, op.branch)
         for op, time in zip(operations, times)
     )
+
+
+def _works(
+    operations: Iterable[Operation], grids: Iterable[Grid], device: torch.device, dtype: torch.dtype
+) -> dict[str, Prepare]:
+    """Return every operation at every point of its grid, by its key in the table."""
+    works: dict[str, Prepare] = {}
+    for op, grid in zip(operations, grids):
+        for point in grid.points():
+            key, args = op.at(point, dtype)
+            works[key] = _prepare_operation(op.target, args, device, dtype)
+    return works
+
+
+def _time_alone(op: Operation, grid: Grid, table: LatencyTable, dtype: torch.dtype) -> Callable[..., float]:
+    """Return the function from an operation's widths to its own time, interpolated between the grid's points."""
+    at = cache(lambda point: table.ms[op.at(point, dtype)[0]])
+    return cache(lambda *found: grid.interpolate(found, at))
 
 
 def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple[float, float]:
@@ -207,10 +220,9 @@ class Sample:
     dropped: frozenset[str] = frozenset()
 
 
-def _samples(
-    sizes: Mapping[str, int], floor: Mapping[str, int], branches: Sequence[Branch], step: int
-) -> tuple[Sample, ...]:
+def _samples(sizes: Mapping[str, int], branches: Sequence[Branch], request: LatencyRequest) -> tuple[Sample, ...]:
     """The full network, a half in width and depth, a quarter and a third, and the narrowest."""
+    floor, step = request.floor, request.step
 
     def cut(share: float) -> dict[str, int]:
         counts = {name: -(-int(share * size) // step) * step for name, size in sizes.items()}
@@ -225,10 +237,10 @@ def _samples(
     return Sample(dict(sizes)), half, Sample(cut(0.25), two_thirds), Sample(cut(0))
 
 
-def _network_key(operations: Sequence[Operation], sample: Sample, batch: int, folded: bool, dtype: torch.dtype) -> str:
+def _network_key(operations: Sequence[Operation], sample: Sample, request: LatencyRequest, dtype: torch.dtype) -> str:
     keys = [op.at(op.sizes_at(sample.kept), dtype)[0] for op in operations if op.branch not in sample.dropped]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-    return f"network {digest} batch {batch}{' folded' if folded else ''}"
+    return f"network {digest} batch {request.batch}{' folded' if request.folded else ''}"
 
 
 def _prepare_operation(
@@ -248,29 +260,24 @@ def _prepare_operation(
 
 
 def _prepare_network(
-    net: nn.Module, input_size: tuple[int, int, int], batch: int, folded: bool, device: torch.device
+    net: nn.Module, input_size: tuple[int, int, int], request: LatencyRequest, device: torch.device
 ) -> Prepare:
     @cache
     def prepare() -> Callable[[], object]:
-        ready = fold(net, input_size) if folded else copy.deepcopy(net).eval()
+        ready = fold(net, input_size) if request.folded else copy.deepcopy(net).eval()
         ready = ready.to(device, memory_format=torch.channels_last)
         dtype = next(ready.parameters()).dtype
-        images = torch.full((batch, *input_size), 0.5, device=device, dtype=dtype)
+        images = torch.full((request.batch, *input_size), 0.5, device=device, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         return lambda: ready(images)
 
     return prepare
 
 
-def _sampled(
-    net: nn.Module,
-    groups: Iterable[ChannelGroup],
-    branches: Iterable[Branch],
-    shapes: Mapping[str, Sequence[int]],
-    sample: Sample,
-) -> nn.Module | None:
+def _sampled(net: nn.Module, analysis: NetworkAnalysis, sample: Sample) -> nn.Module | None:
     """A copy as narrow and shallow as the sample, whichever channels; None where the network's own code does not allow that."""
-    widths = axis_widths(groups, shapes)
+    shapes, branches = analysis.shapes, analysis.branches
+    widths = axis_widths(analysis.groups, shapes)
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():

@@ -12,9 +12,8 @@ from statistics import median
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from tqdm.auto import tqdm
 
-from hf_camphive.core.runtime import environment
+from hf_camphive.core.runtime import ALONE, Workers, environment
 
 logger = logging.getLogger(__name__)
 SCHEMA = 3
@@ -23,7 +22,7 @@ CHUNK = 512  # entries that take turns, and are then kept
 LOCK_SECONDS = 60.0  # that a process waits for others to write, which takes them milliseconds
 
 Prepare = Callable[[], Callable[[], object]]  # makes the inputs, returns what is to be timed
-Timer = Callable[[Mapping[str, Prepare], torch.device, bool], dict[str, float]]
+Timer = Callable[[Mapping[str, Prepare], torch.device, Workers], dict[str, float]]
 
 
 class LatencyTable:
@@ -43,16 +42,16 @@ class LatencyTable:
         self.ms = self._load()
         self._yardstick: tuple[str, Prepare] | None = None
 
-    def measure(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
+    def measure(self, works: Mapping[str, Prepare], workers: Workers = ALONE) -> None:
         """Time those that are not in the table, and keep them."""
         missing = [key for key in works if key not in self.ms]
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
-            found = self.timer({key: works[key] for key in chunk}, self.device, progress)
+            found = self.timer({key: works[key] for key in chunk}, self.device, workers)
             self.ms |= found
             self._save(found)
 
-    def measure_networks(self, works: Mapping[str, Prepare], progress: bool = False) -> None:
+    def measure_networks(self, works: Mapping[str, Prepare], workers: Workers = ALONE) -> None:
         """Time whole networks, for as long as this table lives: on another day the machine may be faster or slower.
 
         The first one ever given is timed again beside later ones, which tells how much slower the machine has become
@@ -62,7 +61,7 @@ class LatencyTable:
         if not missing:
             return
         self._yardstick = self._yardstick or next(iter(missing.items()))
-        found = self.timer(dict([self._yardstick]) | missing, self.device, progress)
+        found = self.timer(dict([self._yardstick]) | missing, self.device, workers)
         now = found[self._yardstick[0]]
         pace = self.ms.get(self._yardstick[0], now) / now
         self.ms |= {key: pace * ms for key, ms in found.items()}
@@ -94,7 +93,7 @@ class LatencyTable:
             logger.warning("The latency table could not be kept in %s: %s", self.path, error)
 
 
-def typical_times(works: Mapping[str, Prepare], device: torch.device, progress: bool = False) -> dict[str, float]:
+def typical_times(works: Mapping[str, Prepare], device: torch.device, workers: Workers = ALONE) -> dict[str, float]:
     """Milliseconds of each work, the median over rounds in which all take turns, so that other load slows all alike.
 
     Not the least: a short work has more chances of a lucky moment than a long one, and narrow networks would look too fast.
@@ -109,7 +108,7 @@ def typical_times(works: Mapping[str, Prepare], device: torch.device, progress: 
             bar.update()
 
     began = time.perf_counter()
-    with torch.no_grad(), tqdm(desc="Time layers", total=MIN_ROUNDS * len(works), disable=not progress) as bar:
+    with torch.no_grad(), workers.bar("Time layers", "run", MIN_ROUNDS * len(works)) as bar:
         take_turns()
         rounds = min(max(MIN_ROUNDS, int(SECONDS / (time.perf_counter() - began))), MAX_ROUNDS)
         bar.total = rounds * len(works)
