@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hf_camphive.saving.loading import load_base
+from hf_camphive.saving.report import REPORT_FILE, PruneReport
 from PIL import Image
 from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
@@ -28,12 +30,9 @@ from hf_camphive.core.config import PRESETS, CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.measures import format_count, format_share
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
-from hf_camphive.hub import saving as hub
-from hf_camphive.hub.loading import load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport
+from hf_camphive.hub import saving
 from hf_camphive.network.footprint import count_macs
-from hf_camphive.runs import cycle as steps
-from hf_camphive.runs import pruner
+from hf_camphive.runs import cycle, pruner
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
@@ -178,7 +177,7 @@ def test_a_network_without_anything_to_prune(capsys, monkeypatch):
         trace = real(net, size)
         return replace(trace, groups=tuple(replace(group, frozen="nothing reads it") for group in trace.groups))
 
-    monkeypatch.setattr(steps, "trace_network", all_frozen)
+    monkeypatch.setattr(cycle, "trace_network", all_frozen)
     assert "no channel group of this network can be pruned" in refused(capsys)
 
 
@@ -195,7 +194,7 @@ def test_an_error_before_anything_was_kept_leaves_only_what_others_wrote(capsys,
 
 
 def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
-    real, written = hub._put_in_place, []
+    real, written = saving._put_in_place, []
 
     def limited(temporary, folder):
         written.append(folder)
@@ -205,7 +204,7 @@ def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
 
     options = ["--cycles", "2", "--merge", "none", "--output-dir", "out/small"]
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_put_in_place", limited)
+        patch.setattr(saving, "_put_in_place", limited)
         assert prune(*options) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in told
@@ -226,7 +225,7 @@ def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
         real(temporary, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_put_in_place", limited)
+        patch.setattr(saving, "_put_in_place", limited)
         assert prune("--merge", "none", "--output-dir", "small") == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("kept in .small.work: fix this and add --resume")
     assert [path.name for path in Path.cwd().iterdir()] == [".small.work"]
@@ -411,7 +410,7 @@ def test_a_dry_run_plans_and_a_real_one_can_follow(capsys):
 
 def test_a_pushed_run_is_told_where(capsys, monkeypatch):
     pushed = []
-    monkeypatch.setattr(hub, "push_folder", lambda *a, **k: pushed.append((a, k)) or "https://hub/someone/small")
+    monkeypatch.setattr(saving, "push_folder", lambda *a, **k: pushed.append((a, k)) or "https://hub/someone/small")
     options = ["--push-to-hub", "--hub-model-id", "someone/small", "--hub-private-repo", "--merge", "none"]
     assert prune("--output-dir", "small", *options) == 0
     assert pushed == [((Path.cwd() / "small", "someone/small"), {"private": True})]

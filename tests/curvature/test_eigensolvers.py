@@ -11,18 +11,40 @@ from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.core.errors import CampHiVeError, CurvatureError
+from hf_camphive.core.runtime import Workers
 from hf_camphive.curvature.eigensolvers import (
     LARGEST_DENSE,
     Outcome,
+    SolverOptions,
+    SolverState,
     dense_matrix,
     eigenpairs_of,
     lanczos,
     power_iteration,
 )
 
-power = partial(power_iteration, dtype=torch.float64)
-krylov = partial(lanczos, dtype=torch.float64)
-single = partial(lanczos, dtype=torch.float64, block=1)
+
+class Kept:
+    """A checkpoint in memory: where an iteration starts, and all states that it kept."""
+
+    def __init__(self, start: SolverState | None = None) -> None:
+        self.start, self.states = start, []
+
+    def load(self) -> SolverState | None:
+        return self.start
+
+    def save(self, state: SolverState) -> None:
+        self.states.append({name: tensor.clone() for name, tensor in state.items()})
+
+
+def solved(method, product, size, k, *, steps, tolerance, generator, dtype=torch.float64, checkpoint=None, **options):
+    settings = SolverOptions(steps, tolerance, generator, dtype, checkpoint=checkpoint)
+    return method(product, size, k, settings, **options)
+
+
+power = partial(solved, power_iteration)
+krylov = partial(solved, lanczos)
+single = partial(solved, lanczos, block=1)
 METHODS = {"power": power, "oversampled": partial(power, oversample=3), "lanczos": krylov, "single": single}
 SPECTRA = {
     "positive": [5, 3, 1, 0.5, 0.1, 0],
@@ -133,7 +155,7 @@ def test_what_did_not_converge_says_so(method):
 
 def test_rounding_is_told_from_slowness():
     matrix = with_spectrum([3, 2, 1] + [0.0] * 47).float()
-    found = power_iteration(lambda V: matrix @ V, 50, 2, steps=40, tolerance=1e-9, generator=seed())
+    found = power_iteration(lambda V: matrix @ V, 50, 2, SolverOptions(40, 1e-9, seed()))
     assert found.outcome is Outcome.ROUNDING and "float64" in found.verdict
 
 
@@ -157,25 +179,26 @@ def test_a_resumed_iteration_ends_as_if_it_had_not_been_interrupted(method, stop
     """Also through an invariant subspace, where Lanczos draws a random direction (rank 5)."""
     matrix = with_spectrum([5, -4, 3, 2.5, 2] + [0.0] * 195)
     find = partial(METHODS[method], lambda V: matrix @ V, 200, 3, steps=30, tolerance=1e-10)
-    states: list[dict[str, Tensor]] = []
-    whole = find(generator=seed(), keep=lambda state: states.append(from_file(state)))
+    kept = Kept()
+    whole = find(generator=seed(), checkpoint=kept)
+    states = [from_file(state) for state in kept.states]
     assert len(states) == whole.steps - 1 or method == "oversampled"
     if method == "lanczos":
         assert not torch.equal(states[0]["generator"], states[-1]["generator"]), "no random direction was needed"
     start = states[min(stop, len(states)) - 1]
-    again: list[dict[str, Tensor]] = []
-    resumed = find(generator=seed(7), start=start, keep=again.append)  # the generator's state is part of the start
+    again = Kept(start)
+    resumed = find(generator=seed(7), checkpoint=again)  # the generator's state is part of the start
     assert torch.equal(resumed.values, whole.values) and torch.equal(resumed.vectors, whole.vectors)
     assert (resumed.steps, resumed.products, resumed.outcome) == (whole.steps, whole.products, whole.outcome)
-    assert len(again) == len(states) - min(stop, len(states))
+    assert len(again.states) == len(states) - min(stop, len(states))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_another_matrix_cannot_go_on(method):
-    matrix, states = with_spectrum([0.9**i for i in range(9)]), []
-    METHODS[method](lambda V: matrix @ V, 9, 2, steps=3, tolerance=1e-9, generator=seed(), keep=states.append)
+    matrix, kept = with_spectrum([0.9**i for i in range(9)]), Kept()
+    METHODS[method](lambda V: matrix @ V, 9, 2, steps=3, tolerance=1e-9, generator=seed(), checkpoint=kept)
     with pytest.raises(CurvatureError, match=r"block \[9, \d\] where this one has \[8, \d\].*start afresh"):
-        METHODS[method](torch.clone, 8, 2, steps=3, tolerance=1e-9, generator=seed(), start=states[0])
+        METHODS[method](torch.clone, 8, 2, steps=3, tolerance=1e-9, generator=seed(), checkpoint=Kept(kept.states[0]))
 
 
 def test_the_same_vectors_are_drawn_for_every_dtype():
@@ -186,7 +209,7 @@ def test_the_same_vectors_are_drawn_for_every_dtype():
         return matrix.to(block) @ block
 
     for dtype in (torch.float32, torch.float64):
-        power_iteration(product, 40, 2, steps=1, tolerance=0, generator=seed(), dtype=dtype)
+        power_iteration(product, 40, 2, SolverOptions(1, 0, seed(), dtype))
     torch.testing.assert_close(*seen, rtol=0, atol=1e-6)
 
 
@@ -203,13 +226,13 @@ def test_products_that_are_no_numbers_are_refused(method):
 
 
 def test_what_cannot_work_is_refused():
-    options = {"steps": 5, "tolerance": 0.1, "generator": seed()}
+    options = SolverOptions(5, 0.1, seed())
     with pytest.raises(CurvatureError, match=r"\[6, 2\] to one of the same shape, and gave \[6\]"):
-        power_iteration(lambda V: V[:, 0], 6, 2, **options)
+        power_iteration(lambda V: V[:, 0], 6, 2, options)
     with pytest.raises(CampHiVeError, match="0 eigenpairs of a matrix with 6 rows"):
-        power_iteration(torch.clone, 6, 0, **options)
+        power_iteration(torch.clone, 6, 0, options)
     with pytest.raises(CurvatureError, match="5 Lanczos steps of 1 vectors cannot give 6 eigenpairs; allow 6 steps"):
-        lanczos(torch.clone, 9, 6, block=1, **options)
+        lanczos(torch.clone, 9, 6, options, block=1)
     with pytest.raises(CurvatureError, match=rf"8,193 rows.*up to {LARGEST_DENSE:,} rows only; use lanczos"):
         dense_matrix(torch.clone, LARGEST_DENSE + 1)
 
@@ -249,6 +272,6 @@ def test_progress_shows_the_residual_and_is_silent_unless_asked(capsys):
     options = {"steps": 9, "tolerance": 1e-3, "generator": seed()}
     power(lambda V: matrix @ V, 6, 1, **options)
     assert capsys.readouterr() == ("", "")
-    krylov(lambda V: matrix @ V, 6, 1, progress=True, **options)
+    krylov(lambda V: matrix @ V, 6, 1, workers=Workers(shows=True), **options)
     shown = capsys.readouterr().err
     assert "Lanczos" in shown and "residual" in shown and "/9 [" in shown

@@ -1,14 +1,13 @@
 """Stochastic traces against exact ones: unbiased, with errors that mean what they say."""
 
-from functools import partial
-
 import pytest
 import torch
 from support.spectra import seed, with_spectrum
 from torch import Tensor
 
 from hf_camphive.core.errors import CurvatureError
-from hf_camphive.curvature.estimators import Traces, hutch_plus_plus, hutchinson
+from hf_camphive.core.runtime import Workers
+from hf_camphive.curvature.estimators import SamplingOptions, Traces, hutch_plus_plus, hutchinson
 
 SEGMENTS = torch.tensor([0, 0, 0, 1, 1, -1, 2, 2, 2, 2, -1, 1]).repeat_interleave(2)
 DECAYING = with_spectrum([(-1) ** (i % 3) * 0.85**i for i in range(24)])
@@ -16,8 +15,8 @@ METHODS = {"hutchinson": hutchinson, "hutch++": hutch_plus_plus}
 
 
 def estimated(method: str, matrix: Tensor, products: int, number: int = 0, **options) -> Traces:
-    find = partial(METHODS[method], generator=seed(number), dtype=torch.float64)
-    return find(lambda V: matrix @ V, len(matrix), products, **options)
+    settings = SamplingOptions(seed(number), options.pop("block", 8), torch.float64)
+    return METHODS[method](lambda V: matrix @ V, len(matrix), products, settings, **options)
 
 
 def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +92,8 @@ def test_blocks_do_not_matter_and_products_are_counted(method):
     found = []
     for block in (1, 4, 64):
         widths.clear()
-        find = partial(METHODS[method], segments=SEGMENTS, block=block, dtype=torch.float64)
-        found.append(find(product, 24, 13, generator=seed()))
+        settings = SamplingOptions(seed(), block, torch.float64)
+        found.append(METHODS[method](product, 24, 13, settings, segments=SEGMENTS))
         assert sum(widths) == 13 == found[-1].products and max(widths) <= block
     for other in found[1:]:
         torch.testing.assert_close(other.diagonal.value, found[0].diagonal.value, rtol=1e-10, atol=1e-12)
@@ -126,5 +125,5 @@ def test_products_that_are_no_numbers_are_refused(method, where):
 def test_progress_is_silent_unless_asked(capsys):
     estimated("hutch++", DECAYING, 9)
     assert capsys.readouterr() == ("", "")
-    estimated("hutch++", DECAYING, 9, progress=True)
+    estimated("hutch++", DECAYING, 9, workers=Workers(shows=True))
     assert "trace" in capsys.readouterr().err

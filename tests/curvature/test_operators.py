@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 
 from hf_camphive import CampHiVeConfig, load_base, load_loaders
 from hf_camphive.core.errors import CurvatureError
+from hf_camphive.core.runtime import Workers
 from hf_camphive.curvature.cotangents import curvature_cotangent, label_cotangent, softmax_factors
-from hf_camphive.curvature.eigensolvers import lanczos
-from hf_camphive.curvature.estimators import hutchinson
-from hf_camphive.curvature.gates import gate_gradients, gate_space, gated_run, lift, restrict
-from hf_camphive.curvature.operators import factored_curvature, gate_curvature, gauss_newton_factor, network_curvature
+from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos
+from hf_camphive.curvature.estimators import SamplingOptions, hutchinson
+from hf_camphive.curvature.gates import GatedNetwork, gate_space, lift, restrict
+from hf_camphive.curvature.operators import factored_curvature, gate_curvature, network_curvature
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 
@@ -86,7 +87,7 @@ def test_gate_products_equal_the_dense_matrix(net, matrix):
     trace, state, gates, x, labels = case(NETS[net]())
     v = block(gates.size)
     expected = dense_gate_matrix(trace, state, gates, x, labels, matrix) @ v
-    found = gate_curvature(trace, state, gates, [(x, labels)], matrix)
+    found = gate_curvature(GatedNetwork(trace, state), [(x, labels)], matrix)
     torch.testing.assert_close(found(v), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found(v[:, 1]), expected[:, 1], rtol=1e-10, atol=1e-12)
     assert expected.abs().max() > 1e-4
@@ -106,7 +107,7 @@ def test_gate_hessian_is_lift_transposed_times_hessian_times_lift():
     hessian = torch.func.hessian(loss)(torch.cat([state[name].reshape(-1) for name in names]))
     u = block(gates.size, 1)[:, 0]
     lifted = torch.cat([lift(gates, state, u)[name].reshape(-1) for name in names])
-    found = gate_curvature(trace, state, gates, [(x, labels)])(u)
+    found = gate_curvature(GatedNetwork(trace, state), [(x, labels)])(u)
     torch.testing.assert_close(found, restrict(gates, state, parts(hessian @ lifted)), rtol=1e-10, atol=1e-12)
 
 
@@ -115,7 +116,7 @@ def test_gate_hessian_is_lift_transposed_times_hessian_times_lift():
 def test_a_run_is_differentiated_forward_and_back(net, each):
     trace, state, gates, x, _ = case(NETS[net]())
     ones, u = torch.ones(gates.size, dtype=torch.float64), block(gates.size, 1)[:, 0]
-    run = gated_run(trace, state, gates, x, each)
+    run = GatedNetwork(trace, state).run(x, each)
     expected, tangent = torch.func.jvp(lambda m: logits_at(trace, state, gates, m, x), (ones,), (u,))
     torch.testing.assert_close(run.logits, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(run.tangent(u.expand(run.m.shape)), tangent, rtol=1e-10, atol=1e-12)
@@ -127,7 +128,7 @@ def test_a_run_is_differentiated_forward_and_back(net, each):
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_products_are_symmetric_linear_and_the_same_for_any_batches(matrix):
     trace, state, gates, x, labels = case(ToyResNet(nn.Tanh), 7)
-    whole = gate_curvature(trace, state, gates, [(x, labels)], matrix)
+    whole = gate_curvature(GatedNetwork(trace, state), [(x, labels)], matrix)
     split = list(zip(x.split([1, 4, 2]), labels.split([1, 4, 2])))
     v = block(gates.size)
     product = whole(v)
@@ -135,7 +136,9 @@ def test_products_are_symmetric_linear_and_the_same_for_any_batches(matrix):
     torch.testing.assert_close(
         whole(2 * v[:, 0] - 3 * v[:, 1]), 2 * product[:, 0] - 3 * product[:, 1], rtol=1e-9, atol=1e-12
     )
-    torch.testing.assert_close(gate_curvature(trace, state, gates, split, matrix)(v), product, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        gate_curvature(GatedNetwork(trace, state), split, matrix)(v), product, rtol=1e-11, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -143,10 +146,10 @@ def test_held_products_are_the_same_and_run_the_network_once(matrix, monkeypatch
     trace, state, gates, x, labels = case(ToyResNet(nn.Tanh), 7)
     batches = list(zip(x.split(4), labels.split(4)))
     v = block(gates.size)
-    expected = gate_curvature(trace, state, gates, batches, matrix)(v)
-    runs = []
-    monkeypatch.setattr("hf_camphive.curvature.operators.gated_run", lambda *a: runs.append(a) or gated_run(*a))
-    held = gate_curvature(trace, state, gates, batches, matrix, held=True, parts=2)
+    expected = gate_curvature(GatedNetwork(trace, state), batches, matrix)(v)
+    runs, run = [], GatedNetwork.run
+    monkeypatch.setattr(GatedNetwork, "run", lambda *a: runs.append(a) or run(*a))
+    held = gate_curvature(GatedNetwork(trace, state), batches, matrix, held=True, parts=2)
     for _ in range(3):
         torch.testing.assert_close(held(v), expected, rtol=1e-11, atol=1e-13)
     assert len(runs) == 4
@@ -159,9 +162,9 @@ def all_signs(classes: int) -> list[Tensor]:
 def test_the_factor_with_a_pass_less_than_classes_is_the_gauss_newton_matrix():
     trace, state, gates, x, labels = case(ToyResNet())
     expected = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
-    rows = gauss_newton_factor(trace, state, gates, x, 2, torch.ones(len(x), 3))
+    rows = GatedNetwork(trace, state).factor(x, 2, torch.ones(len(x), 3))
     torch.testing.assert_close(rows.T @ rows / len(x), expected, rtol=1e-10, atol=1e-13)
-    more = gauss_newton_factor(trace, state, gates, x, 7, torch.ones(len(x), 3))
+    more = GatedNetwork(trace, state).factor(x, 7, torch.ones(len(x), 3))
     torch.testing.assert_close(more, rows, rtol=0, atol=0)
     parts = [rows[:4], rows[4:]]
     v = block(gates.size)
@@ -170,7 +173,7 @@ def test_the_factor_with_a_pass_less_than_classes_is_the_gauss_newton_matrix():
 
 def test_the_factor_of_one_pass_is_the_gauss_newton_matrix_on_average():
     trace, state, gates, x, labels = case(ToyResNet())
-    factors = [gauss_newton_factor(trace, state, gates, x, 1, signs.expand(len(x), 3)) for signs in all_signs(3)]
+    factors = [GatedNetwork(trace, state).factor(x, 1, signs.expand(len(x), 3)) for signs in all_signs(3)]
     assert all(len(rows) == len(x) for rows in factors)
     mean = sum(rows.T @ rows for rows in factors) / len(factors) / len(x)
     expected = dense_gate_matrix(trace, state, gates, x, labels, "gauss-newton")
@@ -198,7 +201,7 @@ def test_per_image_gate_gradients_equal_a_loop_over_images():
         torch.func.grad(lambda m, a=a, b=b: F.cross_entropy(logits_at(trace, state, gates, m, a), b))(ones)
         for a, b in zip(x.split(1), labels.split(1))
     ]
-    found = gate_gradients(trace, state, gates, x, lambda z: label_cotangent(z, labels))
+    found = GatedNetwork(trace, state).gradients(x, lambda z: label_cotangent(z, labels))
     torch.testing.assert_close(found, torch.stack(loop), rtol=1e-10, atol=1e-12)
 
 
@@ -321,7 +324,7 @@ def test_compiled_products_are_the_same():
 def test_products_are_in_full_precision_whatever_surrounds_them():
     trace, state, gates, x, labels = case(ToyResNet())
     state, x = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, x.float()
-    product = gate_curvature(trace, state, gates, [(x, labels)], "gauss-newton")
+    product = gate_curvature(GatedNetwork(trace, state), [(x, labels)], "gauss-newton")
     v = block(gates.size).float()
     expected = product(v)
     with torch.autocast("cpu", torch.bfloat16):
@@ -330,9 +333,9 @@ def test_products_are_in_full_precision_whatever_surrounds_them():
 
 def test_eigenpairs_equal_those_of_scipy_on_the_same_operator():
     trace, state, gates, x, labels = case(ToyResNet(nn.Tanh))
-    product = gate_curvature(trace, state, gates, [(x, labels)])
+    product = gate_curvature(GatedNetwork(trace, state), [(x, labels)])
     generator = torch.Generator().manual_seed(0)
-    found = lanczos(product, gates.size, 3, steps=9, tolerance=1e-9, generator=generator, dtype=torch.float64)
+    found = lanczos(product, gates.size, 3, SolverOptions(9, 1e-9, generator, torch.float64))
     operator = LinearOperator(
         (gates.size, gates.size), matvec=lambda v: product(torch.tensor(v).flatten()).numpy(), dtype=float
     )
@@ -343,8 +346,10 @@ def test_eigenpairs_equal_those_of_scipy_on_the_same_operator():
 def test_hutchinson_is_within_its_error_of_the_exact_trace():
     trace, state, gates, x, labels = case(ToyResNet(nn.Tanh))
     exact = dense_gate_matrix(trace, state, gates, x, labels, "hessian").trace()
-    product = gate_curvature(trace, state, gates, [(x, labels)])
-    found = hutchinson(product, gates.size, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).trace
+    product = gate_curvature(GatedNetwork(trace, state), [(x, labels)])
+    found = hutchinson(
+        product, gates.size, 64, SamplingOptions(torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).trace
     assert 0 < found.error < 0.5 * exact.abs() and abs(found.value - exact) < 3 * found.error
 
 
@@ -355,10 +360,10 @@ def products_for_all_sizes(accelerator: Accelerator | None = None) -> list[Tenso
         rows = list(zip(x[:count].split(1), labels[:count].split(1)))
         options = {"total": count}
         if accelerator is not None:
-            options["reduce"] = accelerator.reduce
+            options["workers"] = Workers(accelerator)
             with accelerator.split_between_processes(rows) as share:
                 rows = share
-        found.append(gate_curvature(trace, state, gates, rows, "hessian", **options)(block(gates.size)))
+        found.append(gate_curvature(GatedNetwork(trace, state), rows, "hessian", **options)(block(gates.size)))
     return found
 
 
@@ -440,7 +445,7 @@ def test_the_top_eigenvalue_of_real_weights_is_that_of_pyhessian():
     net = base.net.eval()
     product, space = network_curvature(net, [(images, labels)])
     generator = torch.Generator().manual_seed(0)
-    ours = lanczos(product, space.size, 1, steps=60, tolerance=1e-3, generator=generator)
+    ours = lanczos(product, space.size, 1, SolverOptions(60, 1e-3, generator))
     theirs = pyhessian.hessian(net, nn.CrossEntropyLoss(), data=(images, labels), cuda=False)
     torch.manual_seed(0)
     (value,), _ = theirs.eigenvalues(maxIter=200, tol=1e-5)

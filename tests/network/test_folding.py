@@ -21,6 +21,7 @@ from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.folding import fold, foldable
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct
+from hf_camphive.pruning.merging.task import MergeTask
 
 
 class Scaled(nn.BatchNorm2d):
@@ -157,7 +158,7 @@ def test_a_network_with_such_a_norm_is_pruned_and_reconstructed_before_it_is_fol
     trace = check_groups(net, trace_network(net, (3, 8, 8)), torch.Generator().manual_seed(0))
     plan = plan_with(trace, {"block1.conv1": (0, 2, 3), "block2.conv1": (1, 2, 3, 4)})
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
-    small = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [images(6)]))
+    small = apply_plan(net, plan, trace, reconstruct(MergeTask(state, plan, trace, [images(6)])))
     with torch.no_grad():
         assert relative_error(fold(small, (3, 8, 8))(images(2)), small(images(2))) < 1e-9
 

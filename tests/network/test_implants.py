@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from support.brief import time_briefly
+from support.plans import analysis_of
 from support.toys import ToyResNet, images, randomise, relative_error
 from transformers import AutoModelForImageClassification
 
@@ -27,6 +28,7 @@ from hf_camphive.network.surgery.cutting import apply_plan, mask_state
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct
 from hf_camphive.pruning.merging.rules import merge
+from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.planning.costs import CostModel
 from hf_camphive.pruning.planning.greedy import make_plan
 from hf_camphive.pruning.planning.implants import implantable_groups, macs_after, with_implants
@@ -52,7 +54,7 @@ def planned(net, trace, share: float, ratio: float, seed: int = 0) -> tuple[Prun
     network = CostModel(trace.groups, droppable_branches(trace), exterior_groups(trace), trace.positions, shapes(net))
     target, config = int(share * network.macs), CampHiVeConfig(scope="all")
     plan_for = partial(make_plan, network, scores, config=config)
-    plan = with_implants(lambda macs: plan_for(targets=macs), target, ratio, scores, trace, network.shapes)
+    plan = with_implants(lambda macs: plan_for(targets=macs), target, ratio, scores, analysis_of(net, trace))
     return plan, scores, target
 
 
@@ -94,7 +96,7 @@ def test_implants_with_zero_weights_equal_removal(toy):
         silenced.block2.downsample[0].weight[:, 3:] = 0
         silenced.head.weight[:, 4:] = 0
         assert relative_error(silenced(images(2)), removed(images(2))) < 1e-12
-    merged = merge(named_tensors(net), plan, trace, (), CampHiVeConfig(merge="none"))
+    merged = merge(MergeTask(named_tensors(net), plan, trace))
     with torch.no_grad():  # merging leaves implants unread
         assert relative_error(apply_plan(net, plan, trace, merged)(images(2)), removed(images(2))) < 1e-12
 
@@ -181,7 +183,7 @@ def test_plans_that_contradict_themselves_are_refused(toy, keep, implants):
 
 def test_implants_train_from_zero(toy):
     net, trace, plan, _ = toy
-    merged = merge(named_tensors(net), plan, trace, (), CampHiVeConfig(merge="none"))
+    merged = merge(MergeTask(named_tensors(net), plan, trace))
     small = apply_plan(net, plan, trace, merged).train()
     conv = small.block1.conv2
     before = conv.reads.weight.detach().clone(), small.block1.conv1.makes.weight.detach().clone()
@@ -201,7 +203,7 @@ def test_reconstruction_fits_implants_like_numpys_least_squares():
     plan = PrunePlan(
         trace.groups, (), (ChannelCut("block1.conv1", tuple(keep), (), tuple(implants)),), (), "random", "none", 2, 1
     )
-    after = reconstruct(state, plan, trace, [x[:4], x[4:]], ridge=1e-14)
+    after = reconstruct(MergeTask(state, plan, trace, [x[:4], x[4:]], ridge=1e-14))
     assert all(torch.equal(tensor, after[name]) for name, tensor in mask_state(after, plan).items())
 
     def fitted(rows, target):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.scoring import WEIGHT_SPACE, SmallResNet, context, subject_for
+from support.scoring import WEIGHT_SPACE, SmallResNet, context, subject_for, with_state
 from support.toys import ToyResNet
 from torch import Tensor, nn
 
@@ -13,13 +13,14 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.curvature.cotangents import label_cotangent
 from hf_camphive.curvature.eigensolvers import Eigenpairs, eigenpairs_of
 from hf_camphive.curvature.estimators import Estimate, Traces
-from hf_camphive.curvature.gates import gate_gradients, gate_space, lift
+from hf_camphive.curvature.gates import lift
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order
 from hf_camphive.pruning.scoring.context import ScoringContext
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.pruning.scoring.sosp import greedy_marginals
+from hf_camphive.training.data.calibration import Calibration
 
 
 def exact_diagonal(product, size: int, *_, **settings) -> Traces:
@@ -39,7 +40,7 @@ def exact(monkeypatch):
 
 
 def changed(subject: ScoringContext, **tensors) -> ScoringContext:
-    return replace(subject, state={**subject.state, **{k.replace("__", "."): v for k, v in tensors.items()}})
+    return with_state(subject, {**subject.analysis.state, **{k.replace("__", "."): v for k, v in tensors.items()}})
 
 
 def joined(scores) -> torch.Tensor:
@@ -67,10 +68,10 @@ def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
 def test_permuting_channels_permutes_scores(name, exact):
     subject = subject_for(name)
     order = torch.tensor([3, 0, 4, 1, 2])
-    state = dict(subject.state)
+    state = dict(subject.analysis.state)
     for slot in next(g for g in subject.trace.groups if g.name == "block1.conv1").slots:
         state[slot.tensor] = state[slot.tensor].index_select(slot.axis, order)
-    before, after = CRITERIA[name](subject), CRITERIA[name](replace(subject, state=state))
+    before, after = CRITERIA[name](subject), CRITERIA[name](with_state(subject, state))
     assert before["block1.conv1"].unique().numel() == 5
     torch.testing.assert_close(after["block1.conv1"], before["block1.conv1"][order], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(after["stem"], before["stem"], rtol=1e-5, atol=1e-9)
@@ -80,7 +81,7 @@ def test_permuting_channels_permutes_scores(name, exact):
 def test_a_channel_that_nobody_reads_scores_zero(name, exact):
     """`bn-scale` does not look at readers."""
     subject = subject_for(name)
-    weight = subject.state["block1.conv2.weight"].clone().index_fill_(1, torch.tensor([2]), 0)
+    weight = subject.analysis.state["block1.conv2.weight"].clone().index_fill_(1, torch.tensor([2]), 0)
     scores = CRITERIA[name](changed(subject, block1__conv2__weight=weight))["block1.conv1"]
     assert (
         scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
@@ -95,7 +96,7 @@ def test_a_channel_that_is_always_zero_scores_zero(name, exact):
     """
     subject = subject_for(name)
     dead = torch.tensor([2])
-    tensors = {key: subject.state[key].clone().index_fill_(0, dead, 0) for key in DEAD}
+    tensors = {key: subject.analysis.state[key].clone().index_fill_(0, dead, 0) for key in DEAD}
     scores = CRITERIA[name](changed(subject, **tensors))["block1.conv1"]
     assert (
         scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
@@ -111,7 +112,7 @@ GATE_SPACE = {"fisher", "hive", "sosp-h", "sosp-i", "taylor"}
 def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
     """relu(a x) = a relu(x): gain and offset times a, readers over a. HAP sees a filter before a norm, which is the same."""
     subject = subject_for(name, nn.ReLU)
-    state, columns = subject.state, FACTORS.view(1, -1, 1, 1)
+    state, columns = subject.analysis.state, FACTORS.view(1, -1, 1, 1)
     scaled = changed(
         subject,
         block1__bn1__weight=state["block1.bn1.weight"] * FACTORS,
@@ -127,7 +128,7 @@ def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
 def test_scores_do_not_know_the_scale_of_a_filter_before_its_norm(name, exact):
     """Filter, running mean and deviation times a: only |v_i| of CAMP-HiVe, whose matrix scales with 1/a, knows."""
     subject = subject_for(name)
-    state = subject.state
+    state = subject.analysis.state
     scaled = changed(
         subject,
         block1__conv1__weight=state["block1.conv1.weight"] * FACTORS.view(-1, 1, 1, 1),
@@ -142,7 +143,7 @@ def test_scores_do_not_know_the_scale_of_a_filter_before_its_norm(name, exact):
 def same_scores(name: str, a: ScoringContext, b: ScoringContext) -> tuple[bool, bool]:
     """Whether two states of one function have the same scores in the group that differs, and in all others."""
     with torch.no_grad():
-        (expected,), (found,) = (e.trace.graph.run(e.state, e.images[0]) for e in (a, b))
+        (expected,), (found,) = (e.trace.graph.run(e.analysis.state, e.calibration.images[0]) for e in (a, b))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     a, b = CRITERIA[name](a), CRITERIA[name](b)
     same = {g: torch.allclose(a[g], b[g], rtol=1e-4, atol=1e-7 * float(a[g].abs().max())) for g in a}
@@ -274,8 +275,8 @@ def test_greedy_marginals_are_those_of_a_plain_search():
 
 def dense_matrices(subject: ScoringContext) -> dict[str, Tensor]:
     """The loss's Hessian and Gauss-Newton matrix [P, P] in all conv and linear weights, mean over the images."""
-    trace, state = subject.trace, subject.state
-    x, labels = torch.cat(subject.images), torch.cat(subject.labels)
+    trace, state = subject.trace, subject.analysis.state
+    x, labels = torch.cat(subject.calibration.images), torch.cat(subject.calibration.labels)
     weights = {name: state[name] for name in trace.positions}
     sizes = [weight.numel() for weight in weights.values()]
 
@@ -301,8 +302,8 @@ def small() -> tuple[ScoringContext, dict[str, Tensor]]:
 
 
 def parts(subject: ScoringContext, values: Tensor) -> dict[str, Tensor]:
-    sizes = [subject.state[name].numel() for name in subject.trace.positions]
-    return {n: p.view(subject.state[n].shape) for n, p in zip(subject.trace.positions, values.split(sizes))}
+    sizes = [subject.analysis.state[name].numel() for name in subject.trace.positions]
+    return {n: p.view(subject.analysis.state[n].shape) for n, p in zip(subject.trace.positions, values.split(sizes))}
 
 
 def with_matrix(subject: ScoringContext, curvature: str) -> ScoringContext:
@@ -326,7 +327,7 @@ def test_weight_products_are_those_of_the_dense_matrix(small, curvature):
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
 def test_hap_is_the_trace_of_each_block_times_the_squared_norm_over_twice_the_size(small, curvature, exact):
     subject, matrices = small
-    flat = torch.cat([subject.state[name].reshape(-1) for name in subject.trace.positions])
+    flat = torch.cat([subject.analysis.state[name].reshape(-1) for name in subject.trace.positions])
     traces, norms, sizes = (
         filters(subject, values) for values in (matrices[curvature].diagonal(), flat.square(), torch.ones_like(flat))
     )
@@ -359,7 +360,7 @@ def test_hive_paper_sums_the_dominant_eigenvector_over_filters(small, curvature)
 def test_sosp_h_is_the_papers_formula_in_weight_space(small, curvature):
     """|theta_s . dL| + 1/2 |theta_s^T H theta_struc|, with dense H and the structures spelled out as weight vectors."""
     subject, matrices = small
-    trace, state = subject.trace, subject.state
+    trace, state = subject.trace, subject.analysis.state
     structures = []
     for group, readers in (
         ("stem", ["block1.conv1.weight", "head.weight"]),
@@ -374,8 +375,8 @@ def test_sosp_h_is_the_papers_formula_in_weight_space(small, curvature):
     theta = torch.stack(structures)
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
-        logits = trace.graph.run({**state, **weights}, torch.cat(subject.images))[0]
-        return F.cross_entropy(logits, torch.cat(subject.labels))
+        logits = trace.graph.run({**state, **weights}, torch.cat(subject.calibration.images))[0]
+        return F.cross_entropy(logits, torch.cat(subject.calibration.labels))
 
     gradient = torch.func.grad(loss)({name: state[name] for name in trace.positions})
     first = theta @ torch.cat([part.reshape(-1) for part in gradient.values()])
@@ -387,10 +388,10 @@ def test_sosp_h_is_the_papers_formula_in_weight_space(small, curvature):
 def test_sosp_is_matrix_averages_to_the_gauss_newton_matrix_of_the_gates(small):
     subject, _ = small
     gates = subject.gates
-    x = torch.cat(subject.images)
+    x = torch.cat(subject.calibration.images)
 
     def logits(m: Tensor) -> Tensor:
-        return subject.trace.graph.run({**subject.state, **lift(gates, subject.state, m)}, x)[0]
+        return subject.trace.graph.run({**subject.analysis.state, **lift(gates, subject.analysis.state, m)}, x)[0]
 
     ones = torch.ones(gates.size, dtype=x.dtype)
     jacobian, p = torch.func.jacrev(logits)(ones), logits(ones).softmax(1)
@@ -399,10 +400,12 @@ def test_sosp_is_matrix_averages_to_the_gauss_newton_matrix_of_the_gates(small):
     many = 250
     repeated = replace(
         subject,
-        images=(x.repeat(many, 1, 1, 1),),
-        labels=(torch.cat(subject.labels).repeat(many),),
-        indices=(torch.arange(len(x) * many),),
-        total=len(x) * many,
+        calibration=Calibration(
+            images=(x.repeat(many, 1, 1, 1),),
+            labels=(torch.cat(subject.calibration.labels).repeat(many),),
+            indices=(torch.arange(len(x) * many),),
+            total=len(x) * many,
+        ),
     )
     (gradients,) = repeated.model_gradients("")
     found = gradients.T @ gradients / repeated.total
@@ -428,23 +431,22 @@ def test_sosp_i_is_greedy_per_mac_only_where_the_plan_is():
 def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
     """E over labels of the model = sum_k p_k g_k^2, exactly; hive's eigenpairs, all of them, add up to it as well."""
     subject = context()
-    gates = gate_space(subject.trace, subject.state)
-    x = torch.cat(subject.images)
-    p = subject.trace.graph.run(subject.state, x)[0].softmax(1)
+    gates = subject.gates
+    x = torch.cat(subject.calibration.images)
+    p = subject.trace.graph.run(subject.analysis.state, x)[0].softmax(1)
     gradients = [
-        gate_gradients(
-            subject.trace, subject.state, gates, x, lambda z, k=k: label_cotangent(z, torch.full((len(z),), k))
-        )
-        for k in range(3)
+        subject.network.gradients(x, lambda z, k=k: label_cotangent(z, torch.full((len(z),), k))) for k in range(3)
     ]
     expected = sum((p[:, k, None] * gradients[k].square()).sum(0) for k in range(3)) / len(x) / 2
     many = 60  # draws per image
     repeated = replace(
         subject,
-        images=(x.repeat(many, 1, 1, 1),),
-        labels=(torch.zeros(len(x) * many, dtype=torch.long),),
-        indices=(torch.arange(len(x) * many),),
-        total=len(x) * many,
+        calibration=Calibration(
+            images=(x.repeat(many, 1, 1, 1),),
+            labels=(torch.zeros(len(x) * many, dtype=torch.long),),
+            indices=(torch.arange(len(x) * many),),
+            total=len(x) * many,
+        ),
     )
     found = joined(CRITERIA["fisher"](repeated))
     assert ((found - expected).abs() <= 0.15 * expected + 1e-7).all()
@@ -454,17 +456,14 @@ def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
 
 def test_taylor_is_the_mean_absolute_gate_gradient():
     subject = context()
-    gates = gate_space(subject.trace, subject.state)
-    labels = torch.cat(subject.labels)
-    gradients = gate_gradients(
-        subject.trace, subject.state, gates, torch.cat(subject.images), lambda z: label_cotangent(z, labels)
-    )
+    labels = torch.cat(subject.calibration.labels)
+    gradients = subject.network.gradients(torch.cat(subject.calibration.images), lambda z: label_cotangent(z, labels))
     torch.testing.assert_close(joined(CRITERIA["taylor"](subject)), gradients.abs().mean(0), rtol=1e-9, atol=1e-12)
 
 
 def test_magnitude_is_the_squared_norm_of_what_consumers_read_over_its_mean():
     subject = context()
-    squares = subject.state["block1.conv2.weight"].square().sum((0, 2, 3))
+    squares = subject.analysis.state["block1.conv2.weight"].square().sum((0, 2, 3))
     torch.testing.assert_close(CRITERIA["magnitude"](subject)["block1.conv1"], squares / squares.mean())
 
 

@@ -9,8 +9,10 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.network.surgery.cutting import apply_plan
+from hf_camphive.pruning import trials
+from hf_camphive.pruning.merging.rules import merge
+from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.scoring.depth_weighting import best_early_weight, weighed
-from hf_camphive.runs import cycle as steps
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import load_loaders
@@ -67,20 +69,21 @@ def test_a_trial_is_a_plan_merged_and_cut_and_judged_by_images_it_has_not_seen(m
         losses.update({weight: loss(weight) for weight in (1.0, 0.01)})
         return 0.01
 
-    monkeypatch.setattr(steps, "best_early_weight", search)
+    monkeypatch.setattr(trials, "best_early_weight", search)
     plan = pruner.plan(calibration)
     for weight, loss in losses.items():
         told = CampHiVePruner("digits_resnet", replace(CONFIG, early_weight=weight))
-        same = told.plan(calibration, scores=pruner.scores)
+        same = told.cycle.plan(calibration, scores=pruner.scores)
         assert (same == plan) == (weight == 0.01)
         fitted, judges = calibration.split(8)
-        state = told._merged(same, told._trace(), fitted.split(4)[1])
-        net = apply_plan(told.net, same, told._trace(), state)
+        analysis = told.cycle.analysis
+        state = merge(MergeTask(analysis.state, same, analysis.trace, fitted.split(4)[1].images, CONFIG.ridge))
+        net = apply_plan(told.net, same, analysis.trace, state)
         with torch.no_grad():
             errors = torch.cat([net(images) - told.dense(images) for images in judges.images])
         assert loss == pytest.approx(float(errors.norm(dim=1).mean()), rel=1e-4)
     assert losses[1.0] != losses[0.01]
-    (note,) = [note for note in pruner.notes if "counted 0.01 times" in note]
+    (note,) = [note for note in pruner.log.notes if "counted 0.01 times" in note]
     assert "16 calibration images" in note
 
 
@@ -102,7 +105,7 @@ def test_trials_are_made_where_they_can_matter(options, tries):
 
 
 def test_too_few_images_leave_none_to_judge(monkeypatch):
-    monkeypatch.setattr(steps, "best_early_weight", lambda loss: pytest.fail("there is nothing to judge by"))
+    monkeypatch.setattr(trials, "best_early_weight", lambda loss: pytest.fail("there is nothing to judge by"))
     images = torch.randn(127, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     few = Calibration.collect([{"pixel_values": images, "labels": torch.zeros(127, dtype=torch.long)}])
     pruner = CampHiVePruner("digits_resnet", CONFIG)

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from support.plans import analysis_of
 from support.toys import Block, Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.network.graph.blocks import droppable_branches
-from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.modeling.modeling_camphive import Shortcut
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.folding import Floor, fold, fold_batchnorm
 from hf_camphive.pruning.planning.latency import timing
 from hf_camphive.pruning.planning.latency.operations import network_operations
-from hf_camphive.pruning.planning.latency.prediction import Axis, Grid, fit, latency_parts
+from hf_camphive.pruning.planning.latency.prediction import Axis, Grid, LatencyRequest, fit, latency_terms
 from hf_camphive.pruning.planning.latency.timing import LatencyTable, typical_times
 from hf_camphive.pruning.planning.limits import floors
 
@@ -78,9 +78,9 @@ def alone(key: str) -> float:
 
 def parts_of(net: nn.Module, table: LatencyTable, step: int = 1, size: int = 8, **options):
     trace = trace_network(net, (3, size, size))
-    branches = droppable_branches(trace)
-    floor = floors(trace.groups, branches, frozenset(), {}, CampHiVeConfig(scope="all"))
-    parts = latency_parts(net, trace, branches, floor, table, **{"batch": 2, "folded": False, "step": step} | options)
+    analysis = analysis_of(net, trace)
+    floor = floors(trace.groups, analysis.branches, frozenset(), {}, CampHiVeConfig(scope="all"))
+    parts = latency_terms(net, analysis, table, LatencyRequest(floor, **{"batch": 2, "step": step} | options))
     return parts, {group.name: group.size for group in trace.groups}
 
 
@@ -137,11 +137,10 @@ def test_a_dropped_branch_takes_its_operations_along(table):
 
 
 def test_folded_networks_have_no_norms_but_biases():
-    trace = trace_network(ToyResNet(), (3, 8, 8))
-    shapes = {name: tensor.shape for name, tensor in named_tensors(ToyResNet()).items()}
-    names = {}
+    net = ToyResNet()
+    analysis, names = analysis_of(net, trace_network(net, (3, 8, 8))), {}
     for folded in (False, True):
-        found = network_operations(trace, droppable_branches(trace), shapes, 2, folded)
+        found = network_operations(analysis, 2, folded)
         names[folded] = [op.target._schema.name for op in found]
         convolutions = [op for op in found if op.target._schema.name == "aten::conv2d"]
         assert all((op.args[2] is not None) == folded for op in convolutions[:3])
@@ -190,8 +189,7 @@ def test_tensors_that_belong_to_no_layer_become_narrow_too(table):
 
 def operations_at(net: nn.Module, trace: Trace, kept: dict[str, int]) -> list[str]:
     """Every operation with the sizes of its arguments, where so many channels of each group are kept."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in named_tensors(net).items()}
-    operations = network_operations(trace, (), shapes, 2, False)
+    operations = network_operations(analysis_of(net, trace), 2, False)
     return [op.at([width.at(kept) for width in op.widths], torch.float32)[0] for op in operations]
 
 

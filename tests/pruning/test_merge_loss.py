@@ -6,7 +6,7 @@ from support.scoring import context
 from support.toys import Chain, images, randomise
 
 from hf_camphive.curvature.cotangents import curvature_cotangent
-from hf_camphive.curvature.gates import gate_space
+from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import criteria
@@ -24,8 +24,8 @@ GROUP, READER = "block1.conv1", "block1.conv2.weight"
 
 
 def products_of(subject, z, name: str = GROUP):
-    x = torch.cat(subject.images)
-    ((_, m, s),) = consumer_products(subject.trace, subject.state, frozenset([name]), x, lambda logits: z)
+    x = torch.cat(subject.calibration.images)
+    ((_, m, s),) = consumer_products(subject.network, frozenset([name]), x, lambda logits: z)
     return m, s
 
 
@@ -43,11 +43,11 @@ def test_products_are_the_logits_answer_to_a_merge():
     z = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     m, _ = products_of(subject, z)
     mix = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weight = subject.state[READER]
+    weight = subject.analysis.state[READER]
     change = torch.einsum("osij,st->otij", weight, mix)
 
     def logits(w):
-        return subject.trace.graph.run({**subject.state, READER: w}, torch.cat(subject.images))[0]
+        return subject.trace.graph.run({**subject.analysis.state, READER: w}, torch.cat(subject.calibration.images))[0]
 
     moved = torch.func.jvp(logits, (weight,), (change,))[1]
     torch.testing.assert_close((m[:, :, :-1] * mix).sum((1, 2)), (z * moved).sum(1), rtol=1e-8, atol=1e-10)
@@ -120,18 +120,17 @@ def test_merges_are_judged_together():
     """Every score is the largest increase per cost so far of 1/2 |sum of all moves|^2, along the order of score per cost."""
     subject = context(criterion="merge-joint", scope="all")
     scores, costs = CRITERIA["merge-joint"](subject), channel_costs(subject)
-    gates = gate_space(subject.trace, subject.state)
-    names = mergeable(subject.trace, gates)
+    names = mergeable(subject.network)
     assert names == set(costs) == set(scores)
     signs = subject.signs()
     moves = {}
     for name in names:
         sums = [
-            consumer_products(subject.trace, subject.state, frozenset([name]), x, cotangent_of(signs[numbers]))
-            for x, numbers in zip(subject.images, subject.indices)
+            consumer_products(subject.network, frozenset([name]), x, cotangent_of(signs[numbers]))
+            for x, numbers in zip(subject.calibration.images, subject.calibration.indices)
         ]
         parts = [(m, s) for found in sums for _, m, s in found]
-        readers = len(parts) // len(subject.images)
+        readers = len(parts) // len(subject.calibration.images)
         m = sum(torch.cat([part[0] for part in parts[reader::readers]]) for reader in range(readers))
         moves[name] = merge_moves(m / subject.total**0.5, sum(part[1] for part in parts))[1]
     prices = {(name, c): float(scores[name][c]) / costs[name] for name in names for c in range(len(scores[name]))}
@@ -167,9 +166,9 @@ def test_a_group_that_is_not_read_channel_by_channel_is_judged_by_removal():
     net = randomise(Chain(groups=2))
     trace = trace_network(net, (3, 8, 8))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
-    assert mergeable(trace, gate_space(trace, state)) == frozenset()
+    assert mergeable(GatedNetwork(trace, state)) == frozenset()
     subject = context(Chain())
-    assert mergeable(subject.trace, gate_space(subject.trace, subject.state)) == {"conv1"}  # conv2 is flattened
+    assert mergeable(subject.network) == {"conv1"}  # conv2 is flattened
     scores = CRITERIA["merge-aware"](subject)
     assert all((values > 0).any() for values in scores.values())
     assert images(1).dtype == torch.float64

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.toys import ToyResNet, images, randomise
+from support.workers import Summing
 from torch import nn
 
-from hf_camphive.pruning.polish import LINE_SHARES, TEMPERATURE, Polished, _draw, _moved, polish
+from hf_camphive.pruning.polish import LINE_SHARES, TEMPERATURE, Polished, PolishOptions, _draw, _moved, polish
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
 
@@ -49,7 +50,7 @@ def distance(net: nn.Module, dense: nn.Module) -> float:
 @pytest.fixture(scope="module")
 def polished() -> nn.Module:
     dense, net = dense_and_damaged()
-    polish(net, dense, calibration(), held_out(), 60)
+    polish(net, dense, calibration(), held_out(), PolishOptions(60))
     return net
 
 
@@ -69,7 +70,7 @@ def test_the_state_of_both_networks_is_given_back():
     dense, net = dense_and_damaged()
     net.stem.requires_grad_(False)
     net.train().block1.eval()
-    polish(net, dense.train(), calibration(), held_out(), 1)
+    polish(net, dense.train(), calibration(), held_out(), PolishOptions(1))
     assert net.training and not net.block1.training and dense.training
     assert not net.stem.weight.requires_grad and net.head.weight.requires_grad
     assert all(p.requires_grad and p.grad is None for p in dense.parameters())
@@ -78,7 +79,7 @@ def test_the_state_of_both_networks_is_given_back():
 def test_a_network_that_is_the_dense_one_stays_as_it_is():
     dense = randomise(ToyResNet())
     net = copy.deepcopy(dense)
-    polish(net, dense, calibration(), held_out(), 3)
+    polish(net, dense, calibration(), held_out(), PolishOptions(3))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), dense.parameters()))
 
 
@@ -86,14 +87,14 @@ def test_the_seed_decides():
     dense, first = dense_and_damaged()
     second, other = copy.deepcopy(first), copy.deepcopy(first)
     for net, seed in ((first, 1), (second, 1), (other, 2)):
-        polish(net, dense, calibration(), held_out(), 30, seed=seed)
+        polish(net, dense, calibration(), held_out(), PolishOptions(30, seed))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert not torch.equal(first.stem.weight, other.stem.weight)
 
 
 def test_no_steps_change_nothing():
     dense, net = dense_and_damaged()
-    polish(net, dense, calibration(), held_out(), 0)
+    polish(net, dense, calibration(), held_out(), PolishOptions(0))
     assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)
 
 
@@ -102,7 +103,7 @@ def test_processes_end_with_the_weights_of_one():
     processes, steps = 3, 24
     dense, alone = dense_and_damaged()
     before = copy.deepcopy(alone)
-    polish(alone, dense, calibration(), held_out(), steps)
+    polish(alone, dense, calibration(), held_out(), PolishOptions(steps))
     assert not torch.equal(alone.stem.weight, before.stem.weight)
     together = [copy.deepcopy(dense_and_damaged()[1]) for _ in range(processes)]
     messages, barrier = [torch.empty(0)] * processes, Barrier(processes, timeout=60)
@@ -116,7 +117,14 @@ def test_processes_end_with_the_weights_of_one():
             return total
 
         own = calibration(process=process, processes=processes)
-        polish(together[process], copy.deepcopy(dense), own, held_out(process, processes), steps, reduce=reduce)
+        polish(
+            together[process],
+            copy.deepcopy(dense),
+            own,
+            held_out(process, processes),
+            PolishOptions(steps),
+            workers=Summing(reduce),
+        )
 
     threads = [Thread(target=work, args=(process,)) for process in range(processes)]
     for thread in threads:
@@ -156,8 +164,8 @@ def test_every_image_comes_once_before_any_comes_again(total):
 def test_labels_are_not_read():
     dense, first = dense_and_damaged()
     second, some = copy.deepcopy(first), calibration()
-    polish(first, dense, some, held_out(), 20)
-    polish(second, dense, replace(some, labels=()), replace(held_out(), labels=()), 20)
+    polish(first, dense, some, held_out(), PolishOptions(20))
+    polish(second, dense, replace(some, labels=()), replace(held_out(), labels=()), PolishOptions(20))
     assert torch.equal(first.stem.weight, second.stem.weight)
 
 
@@ -173,7 +181,7 @@ def test_where_steps_do_harm_the_weights_come_back():
     net = copy.deepcopy(dense)
     net.head.weight.data *= 1 + 1e-6
     before = copy.deepcopy(net)
-    assert polish(net, dense, calibration(), held_out(), 20) == Polished()
+    assert polish(net, dense, calibration(), held_out(), PolishOptions(20)) == Polished()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters()))
 
 
@@ -184,7 +192,7 @@ def test_it_ends_at_a_share_of_the_way(shares, monkeypatch):
     for share in (1.0, *shares):
         monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", (share,))
         ends[share] = copy.deepcopy(start)
-        assert polish(ends[share], dense, calibration(), held_out(), 30) == Polished(weights=share)
+        assert polish(ends[share], dense, calibration(), held_out(), PolishOptions(30)) == Polished(weights=share)
     (share,) = shares
     for a, b, c in zip(start.parameters(), ends[share].parameters(), ends[1.0].parameters()):
         torch.testing.assert_close(b, torch.lerp(a, c, share), rtol=0, atol=0)
@@ -196,11 +204,11 @@ def test_the_share_is_that_with_the_least_divergence_of_the_images_held_out(monk
     for share in LINE_SHARES:
         net = copy.deepcopy(start)
         monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", (share,))
-        polish(net, dense, calibration(), held_out(), 30)
+        polish(net, dense, calibration(), held_out(), PolishOptions(30))
         found[share] = divergence(net, dense, held_out())
     monkeypatch.setattr("hf_camphive.pruning.polish.LINE_SHARES", LINE_SHARES)
     net = copy.deepcopy(start)
-    best = polish(net, dense, calibration(), held_out(), 30).weights
+    best = polish(net, dense, calibration(), held_out(), PolishOptions(30)).weights
     assert found[best] == min(found.values()) == pytest.approx(divergence(net, dense, held_out()), rel=1e-9)
     assert found[best] < divergence(start, dense, held_out())
 
@@ -220,7 +228,14 @@ def test_statistics_go_as_far_as_helps(off, recalibrated, share, monkeypatch):
     monkeypatch.setattr("hf_camphive.pruning.polish.LEARNING_RATES", ())
     dense = randomise(ToyResNet())
     net = with_statistics(dense, 0.5 * off)
-    found = polish(net, dense, calibration(), held_out(), 1, recalibrated=with_statistics(dense, 0.5 * recalibrated))
+    found = polish(
+        net,
+        dense,
+        calibration(),
+        held_out(),
+        PolishOptions(1),
+        recalibrated=with_statistics(dense, 0.5 * recalibrated),
+    )
     assert found == Polished(statistics=share)
     for norm, right in zip(batchnorms(net).values(), batchnorms(dense).values()):
         torch.testing.assert_close(norm.running_mean, right.running_mean)
@@ -230,7 +245,7 @@ def test_statistics_go_as_far_as_helps(off, recalibrated, share, monkeypatch):
 def test_the_descent_starts_from_the_restored_statistics():
     dense = randomise(ToyResNet())
     net = with_statistics(dense, 1.0)
-    found = polish(net, dense, calibration(), held_out(), 20, recalibrated=with_statistics(dense, 0.2))
+    found = polish(net, dense, calibration(), held_out(), PolishOptions(20), recalibrated=with_statistics(dense, 0.2))
     restored = with_statistics(dense, 0.2)
     assert found.statistics == 1 and found.weights > 0
     assert divergence(net, dense, held_out()) < divergence(restored, dense, held_out())
@@ -239,5 +254,5 @@ def test_the_descent_starts_from_the_restored_statistics():
 def test_without_images_to_judge_by_nothing_changes():
     dense, net = dense_and_damaged()
     nothing = Calibration((), (), (), 0)
-    assert polish(net, dense, calibration(), nothing, 20) == Polished()
+    assert polish(net, dense, calibration(), nothing, PolishOptions(20)) == Polished()
     assert torch.equal(net.stem.weight, dense_and_damaged()[1].stem.weight)

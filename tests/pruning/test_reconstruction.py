@@ -16,6 +16,7 @@ from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.reconstruction import reconstruct
 from hf_camphive.pruning.merging.ridge import NormalEquations
+from hf_camphive.pruning.merging.task import MergeTask
 
 
 def prepared(net: nn.Module, size: int = 8):
@@ -26,7 +27,7 @@ def prepared(net: nn.Module, size: int = 8):
 
 def test_nothing_cut_changes_nothing():
     _, trace, state = prepared(ToyResNet())
-    after = reconstruct(state, plan_with(trace, {}), trace, [images(6)])
+    after = reconstruct(MergeTask(state, plan_with(trace, {}), trace, [images(6)]))
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
@@ -34,7 +35,9 @@ def test_first_fit_equals_numpys_least_squares_on_explicit_rows():
     """block1.conv2 reads 3 of 5 channels; its target is the dense sum minus the shortcut, taken back through bn2."""
     net, trace, state = prepared(ToyResNet())
     keep, x = [0, 2, 3], images(6)
-    after = reconstruct(state, plan_with(trace, {"block1.conv1": tuple(keep)}), trace, [x[:4], x[4:]], ridge=1e-14)
+    after = reconstruct(
+        MergeTask(state, plan_with(trace, {"block1.conv1": tuple(keep)}), trace, [x[:4], x[4:]], ridge=1e-14)
+    )
     with torch.no_grad():
         stem = net.act(net.bn(net.stem(x)))
         inner = net.block1.act1(net.block1.bn1(net.block1.conv1(stem)))
@@ -56,7 +59,7 @@ def test_second_block_repairs_the_error_that_it_inherits():
     _, trace, state = prepared(ToyResNet())
     x = images(6)
     plan = plan_with(trace, {"block1.conv1": (0, 1)})
-    after = reconstruct(state, plan, trace, [x], ridge=1e-14)
+    after = reconstruct(MergeTask(state, plan, trace, [x], ridge=1e-14))
     nodes = {
         trace.graph.tensors[n.args[1]]: n for n in trace.graph.operations if n.target is torch.ops.aten.conv2d.default
     }
@@ -84,7 +87,7 @@ def test_one_number_that_is_none_is_refused_by_the_name_of_the_first_layer_it_re
         state["stem.weight"] = state["stem.weight"].index_fill(0, torch.tensor([1]), float("inf"))
     plan = plan_with(trace, {"block1.conv1": (0, 2, 3)})
     with pytest.raises(ReconstructionError, match=r"^the least-squares fit of block1\.conv2 .*NaN or infinite"):
-        reconstruct(state, plan, trace, [x[:4], x[4:]])
+        reconstruct(MergeTask(state, plan, trace, [x[:4], x[4:]]))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -94,7 +97,7 @@ def test_nothing_is_fitted_through_a_norm_that_takes_its_statistics_from_the_bat
     net.block1.bn2 = nn.BatchNorm2d(6, affine=affine, track_running_stats=False)
     net, trace, state = prepared(net)
     x, keep = images(6), (0, 2, 3)
-    after = reconstruct(state, plan_with(trace, {"block1.conv1": keep}), trace, [x], ridge=1e-14)
+    after = reconstruct(MergeTask(state, plan_with(trace, {"block1.conv1": keep}), trace, [x], ridge=1e-14))
     nodes = {trace.graph.tensors.get(n.args[1]): n for n in trace.graph.operations if len(n.args) > 1}
     with torch.no_grad():
         inner, target = trace.graph.run(state, x, [(conv := nodes["block1.conv2.weight"]).args[0], conv])
@@ -127,7 +130,7 @@ def test_exact_where_removed_channels_are_linear_in_kept_ones():
     x = images(6)
     with torch.no_grad():
         (dense,) = trace.graph.run(state, x)
-        small = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [x], ridge=1e-13))
+        small = apply_plan(net, plan, trace, reconstruct(MergeTask(state, plan, trace, [x], ridge=1e-13)))
         assert relative_error(small(x), dense) < 1e-7
         plain = apply_plan(net, plan, trace, state)
         assert relative_error(plain(x), dense) > 1e-4
@@ -148,7 +151,7 @@ def test_reconstruction_brings_every_kind_of_network_nearer_to_the_dense_one(nam
         trace = trace_network(net, (3, 64, 64))
         state = {key: tensor.detach() for key, tensor in named_tensors(net).items()}
         plan = random_plan(net, trace, seed=3, share=0.75, scope="interior")
-        fitted = apply_plan(net, plan, trace, reconstruct(state, plan, trace, x.split(8)))
+        fitted = apply_plan(net, plan, trace, reconstruct(MergeTask(state, plan, trace, x.split(8))))
         masked, dense = apply_plan(net, plan, trace), net(unseen)
         errors = [float((small(unseen) - dense).norm() / (dense - dense.mean(0)).norm()) for small in (fitted, masked)]
     assert errors[0] < 0.95 * errors[1], errors
@@ -163,9 +166,9 @@ def test_recomputing_activations_gives_the_same_weights_as_holding_them(net, mon
         if not g.frozen and g.name not in ("stem", "block2.conv2")
     }
     plan, batches = plan_with(trace, keep), [images(4), images(3, seed=1)]
-    held = reconstruct(state, plan, trace, batches)
+    held = reconstruct(MergeTask(state, plan, trace, batches))
     monkeypatch.setattr(reconstruction, "ACTIVATION_BYTES", 0)
-    again = reconstruct(state, plan, trace, batches)
+    again = reconstruct(MergeTask(state, plan, trace, batches))
     for name in state:
         torch.testing.assert_close(held[name], again[name], rtol=1e-12, atol=1e-12)
 
@@ -182,7 +185,7 @@ def test_rows_are_sampled_within_their_bound_and_from_the_seed(monkeypatch):
     )
     monkeypatch.setattr(reconstruction, "MIN_ROWS", 100)
     monkeypatch.setattr(reconstruction, "ROWS_PER_UNKNOWN", 10)
-    a, b, c = (reconstruct(state, plan, trace, batches, seed=seed) for seed in (0, 0, 1))
+    a, b, c = (reconstruct(MergeTask(state, plan, trace, batches, seed=seed)) for seed in (0, 0, 1))
     assert max(seen) < 20 * 64
     assert all(torch.equal(a[name], b[name]) for name in state)
     assert not torch.equal(a["block1.conv2.weight"], c["block1.conv2.weight"])
@@ -192,7 +195,7 @@ def test_an_emptied_branch_leaves_the_mean_of_what_it_added():
     net, trace, state = prepared(ToyResNet())
     plan, x = plan_with(trace, {"block1.conv1": ()}, ("block1",)), images(8)
     with torch.no_grad():
-        small = apply_plan(net, plan, trace, reconstruct(state, plan, trace, [x]))
+        small = apply_plan(net, plan, trace, reconstruct(MergeTask(state, plan, trace, [x])))
         stem = net.act(net.bn(net.stem(x)))
         branch = net.block1.bn2(net.block1.conv2(net.block1.act1(net.block1.bn1(net.block1.conv1(stem)))))
     torch.testing.assert_close(small.block1.constant, branch.mean((0, 2, 3)), rtol=1e-6, atol=1e-8)

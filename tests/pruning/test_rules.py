@@ -7,7 +7,6 @@ from support.plans import plan_with
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
-from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
@@ -24,6 +23,7 @@ from hf_camphive.pruning.merging.rules import (
     none,
     with_pairs,
 )
+from hf_camphive.pruning.merging.task import MergeTask
 
 # Four channels seen four times: 2 = 3 * channel 0, and 3 = channel 1 + 1.
 ACTIVATIONS = torch.tensor([[1.0, 0, 3, 1], [2, 1, 6, 2], [0, 2, 0, 3], [1, 5, 3, 6]], dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_every_rule_on_four_channels_by_hand(rule):
     trace = trace_network(net, (4, 1, 1))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
     plan = planned(trace, {"conv": (0, 1)}, rule)
-    merged = merge(state, plan, trace, [ACTIVATIONS.view(4, 4, 1, 1)], CampHiVeConfig(ridge=1e-12))
+    merged = merge(MergeTask(state, plan, trace, [ACTIVATIONS.view(4, 4, 1, 1)], ridge=1e-12))
     weight, bias = READER_BY_HAND[rule]
     np.testing.assert_allclose(merged["head.weight"][:, :2], weight, rtol=1e-8)
     assert not merged["head.weight"][:, 2:].any()
@@ -125,7 +125,7 @@ def test_rules_without_data_lose_nothing_where_their_coefficient_is_the_truth(ru
             state[name][3], state[name][7] = share * state[name][0], share * state[name][4]
     plan, x = planned(trace, {"conv1": keep}, rule), images(4)
     with torch.no_grad():
-        merged = merge(state, plan, trace, [], CampHiVeConfig())
+        merged = merge(MergeTask(state, plan, trace, []))
         assert relative_error(trace.graph.run(merged, x)[0], trace.graph.run(state, x)[0]) < 1e-12
         assert not torch.equal(merged["conv2.weight"], state["conv2.weight"])
 
@@ -155,7 +155,7 @@ def test_a_channel_that_repeats_another_merges_without_loss(rule, net):
         assert all(cut.pairs == ((len(cut.keep), 0),) for cut in plan.cuts)
     with torch.no_grad():
         (dense,) = trace.graph.run(state, x)
-        merged = merge(state, plan, trace, [x[:9], x[9:]], CampHiVeConfig(ridge=1e-12))
+        merged = merge(MergeTask(state, plan, trace, [x[:9], x[9:]], ridge=1e-12))
         assert relative_error(apply_plan(net, plan, trace, merged)(x), dense) < 1e-6
         assert relative_error(apply_plan(net, plan, trace, state)(x), dense) > 1e-3
 
@@ -165,7 +165,7 @@ def test_cyclic_adds_half_of_each_removed_column_to_its_partner():
     plan = planned(trace, {"block1.conv1": (0, 1)}, "cyclic")
     weight, after = (
         state["block1.conv2.weight"],
-        merge(state, plan, trace, [], CampHiVeConfig())["block1.conv2.weight"],
+        merge(MergeTask(state, plan, trace, []))["block1.conv2.weight"],
     )
     torch.testing.assert_close(after[:, 0], weight[:, 0] + 0.5 * (weight[:, 2] + weight[:, 4]))
     torch.testing.assert_close(after[:, 1], weight[:, 1] + 0.5 * weight[:, 3])
@@ -175,7 +175,7 @@ def test_cyclic_adds_half_of_each_removed_column_to_its_partner():
 @pytest.mark.parametrize("rule", MERGE_RULES)
 def test_no_rule_touches_anything_when_nothing_is_cut(rule):
     _, trace, state = prepared(ToyResNet())
-    after = merge(state, planned(trace, {}, rule), trace, [images(4)], CampHiVeConfig())
+    after = merge(MergeTask(state, planned(trace, {}, rule), trace, [images(4)]))
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
@@ -191,7 +191,7 @@ def test_lstsq_puts_its_constant_where_the_consumer_can_carry_it():
     state["conv1.bias"][5] = 1.5
     plan, x = planned(trace, {"conv1": (0, 1, 2, 3, 4, 6, 7)}, "lstsq"), images(8)
     with torch.no_grad():
-        merged = merge(state, plan, trace, [x], CampHiVeConfig(ridge=1e-12))
+        merged = merge(MergeTask(state, plan, trace, [x], ridge=1e-12))
         assert relative_error(trace.graph.run(merged, x)[0], trace.graph.run(state, x)[0]) < 1e-9
     torch.testing.assert_close(
         merged["conv2.bias"] - state["conv2.bias"], 1.5 * state["conv2.weight"][:, 5].sum((1, 2))

@@ -17,7 +17,7 @@ from hf_camphive.hub.loading import load_base
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.pruning.merging.weights import merge_weights, zero_share, zero_weights
 from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
-from hf_camphive.runs import cycle as steps
+from hf_camphive.runs import cycle
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.finetuning import finetune
 
@@ -156,7 +156,7 @@ def test_a_killed_run_on_weights_keeps_its_zeros(finished, tmp_path, monkeypatch
         kill_after(patch, *KILLS["before finetuning"][:2], 2)
         with pytest.raises(Killed):
             pruned(WEIGHTS, work_dir=tmp_path / "work")
-    monkeypatch.setattr(steps, "zero_weights", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(cycle, "zero_weights", lambda *_: pytest.fail("scored again"))
     job = pruned(WEIGHTS, work_dir=tmp_path / "work", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(job.net.state_dict().values(), finished[0].net.state_dict().values()))
     assert job.report.notes == finished[0].report.notes

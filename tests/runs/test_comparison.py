@@ -20,6 +20,7 @@ from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
 from hf_camphive.runs import comparison
 from hf_camphive.runs.comparison import Comparison, grid
+from hf_camphive.runs.cycle import PruningCycle
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.runs.results import Cell, Results, Row
 from hf_camphive.training.data.loaders import load_loaders
@@ -157,10 +158,10 @@ def test_polished_rows_say_what_polishing_gave(tmp_path, monkeypatch):
     def spoil(pruner, calibration):
         assert len(calibration.images[0]) == 64
         torch.nn.init.zeros_(pruner.net.get_classifier().weight)
-        pruner.notes.append("spoilt")
+        pruner.log.notes.append("spoilt")
         return pruner.net
 
-    monkeypatch.setattr(CampHiVePruner, "polish", spoil)
+    monkeypatch.setattr(PruningCycle, "polish", spoil)
     (row,) = opened(tmp_path, replace(CONFIG, polish_steps=2)).run(cells("fisher", "none")).rows
     assert row.final == row.polished < 0.3 < row.delivered
     assert row.notes == ("spoilt",)

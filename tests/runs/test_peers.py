@@ -25,11 +25,13 @@ import torch_pruning_peer as peer
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     pruner = CampHiVePruner("digits_resnet", CampHiVeConfig(target_macs=0.5))
-    trace, target = pruner.next_target()
+    _, targets = pruner.cycle.next_targets()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, *pruner.input_size, generator=generator)
     batches = [{"pixel_values": images, "labels": torch.arange(32) % 10}]
-    return Problem(pruner.net, trace, Calibration.collect(batches), target, pruner.config)
+    return Problem(
+        pruner.net, pruner.cycle.analysis.trace, Calibration.collect(batches), int(targets["macs"]), pruner.config
+    )
 
 
 def own(problem):

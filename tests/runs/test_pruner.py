@@ -14,6 +14,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hf_camphive.saving.loading import load_base
+from hf_camphive.saving.report import REPORT_FILE, PruneReport
 from PIL import Image
 from support.brief import measure_briefly, skip_folding, time_briefly
 from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
@@ -23,14 +25,11 @@ import hf_camphive
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
-from hf_camphive.hub import saving as hub
-from hf_camphive.hub.loading import load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport
+from hf_camphive.hub import saving
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
-from hf_camphive.runs import cycle as steps
-from hf_camphive.runs import pruner
+from hf_camphive.runs import cycle, pruner
 from hf_camphive.runs.progress import IterationCheckpoint
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.loaders import load_loaders
@@ -130,7 +129,7 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
         errors = [(job.net(images) - whole.dense(images)).square().mean() for job in (whole, rough)]
     assert errors[0] < 0.9 * errors[1]
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+        patch.setattr(cycle, "polish", lambda *a, **k: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             pruned(config, work_dir=tmp_path / "work")
     resumed = pruned(config, work_dir=tmp_path / "work", resume=True)
@@ -140,7 +139,7 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
 def test_too_few_images_to_judge_by_leave_the_network_unpolished():
     config = replace(CONFIG, criterion="magnitude", merge="none", polish_steps=20, calibration_size=7)
     job = pruned(config)
-    assert "Not polished: fewer than 8 calibration images leave none to judge by." in job.notes
+    assert "Not polished: fewer than 8 calibration images leave none to judge by." in job.log.notes
     assert job.stages["polished"] == job.stages["pruned"]
 
 
@@ -326,7 +325,7 @@ def test_push_saves_then_uploads_one_folder(monkeypatch):
         pushed.append((folder.name, repo_id, private, token, sorted(path.name for path in folder.iterdir())))
         return f"https://huggingface.co/{repo_id}"
 
-    monkeypatch.setattr(hub, "push_folder", push)
+    monkeypatch.setattr(saving, "push_folder", push)
     job = pruned(replace(CONFIG, criterion="magnitude", merge="none"))
     assert job.push_to_hub("someone/small", private=True) == "https://huggingface.co/someone/small"
     (call,) = pushed
@@ -427,7 +426,7 @@ def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch):
         kill_after(patch, *KILLS["before finetuning"])
         with pytest.raises(Killed):
             pruned(TWO_CYCLES, work_dir=tmp_path / "work")
-    monkeypatch.setattr(steps, "make_plan", lambda *a: pytest.fail("planned again"))
+    monkeypatch.setattr(cycle, "make_plan", lambda *a: pytest.fail("planned again"))
     pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
 
 

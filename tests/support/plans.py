@@ -1,9 +1,11 @@
 """Plans for toy networks."""
 
 import torch
+from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelCut, PrunePlan
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
@@ -26,3 +28,8 @@ def random_plan(net, trace: Trace, seed: int, share: float, scope: str = "all") 
         for i, g in enumerate(trace.groups)
     }
     return make_plan(network, scores, int(network.macs * share), CampHiVeConfig(scope=scope))
+
+
+def analysis_of(net: nn.Module, trace: Trace) -> NetworkAnalysis:
+    """The analysis of a network that was traced already, its groups not tested by experiment."""
+    return NetworkAnalysis(trace, named_tensors(net), frozenset(name for name, _ in net.named_parameters()))

@@ -1,12 +1,16 @@
 """What a criterion is given, for toy networks."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring.context import ScoringContext
+from hf_camphive.training.data.calibration import Calibration
 from support.toys import Block, ToyResNet, images, randomise, seeded
 
 
@@ -15,16 +19,16 @@ def context(net=None, count: int = 12, batches: tuple[int, ...] = (5, 7), size: 
     net = randomise(net or ToyResNet())
     trace = trace_network(net, (3, size, size))
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
+    analysis = NetworkAnalysis(trace, state, frozenset(name for name, _ in net.named_parameters()))
     x, labels = images(count, size), torch.arange(count) % 3
-    return ScoringContext(
-        trace,
-        state,
-        x.split(batches),
-        labels.split(batches),
-        torch.arange(count).split(batches),
-        count,
-        CampHiVeConfig(calibration_size=16, curvature_images=count, **config),
-    )
+    numbers = torch.arange(count)
+    calibration = Calibration(x.split(batches), labels.split(batches), numbers.split(batches), count)
+    return ScoringContext(analysis, calibration, CampHiVeConfig(calibration_size=16, curvature_images=count, **config))
+
+
+def with_state(subject: ScoringContext, state: dict[str, Tensor]) -> ScoringContext:
+    """The same subject with these weights."""
+    return replace(subject, analysis=replace(subject.analysis, state=state))
 
 
 class SmallResNet(nn.Module):

@@ -21,7 +21,14 @@ from hf_camphive.network.graph.labels import (
     thin,
     varies,
 )
-from hf_camphive.network.graph.program import REMOVED_SUFFIX, module_of, operation, standardised, weight_of
+from hf_camphive.network.graph.program import (
+    REMOVED_SUFFIX,
+    argument_of,
+    module_of,
+    operation,
+    standardised,
+    weight_of,
+)
 
 aten = torch.ops.aten
 ELEMENTWISE = tuple(
@@ -70,15 +77,11 @@ def _no_channels(node: fx.Node) -> object:
     return torch.tensor(NO_CHANNEL).expand(sizes(value))
 
 
-def _argument(node: fx.Node, position: int, default: object = None) -> object:
-    return node.args[position] if len(node.args) > position else default
-
-
 # Layers with weights
 
 
 def _convolution(labels: Labels, node: fx.Node) -> Tensor:
-    weight, bias, groups = _layer_weight(labels, node), _argument(node, 2), _argument(node, 6, 1)
+    weight, bias, groups = _layer_weight(labels, node), argument_of(node, 2), argument_of(node, 6, 1)
     out_channels, per_group = node.args[1].meta["val"].shape[:2]
     shape = shape_of(node)
     labels.positions[weight] += prod(shape[2:])
@@ -120,7 +123,7 @@ def standardised_in(node: fx.Node) -> bool:
 
 
 def _linear(labels: Labels, node: fx.Node) -> Tensor:
-    weight, bias = _layer_weight(labels, node), _argument(node, 2)
+    weight, bias = _layer_weight(labels, node), argument_of(node, 2)
     shape = shape_of(node)
     labels.positions[weight] += prod(shape[:-1])
     found = compact(labels.of(node.args[0]))
@@ -140,7 +143,7 @@ def _linear(labels: Labels, node: fx.Node) -> Tensor:
 def _batch_norm(labels: Labels, node: fx.Node) -> Tensor:
     if standardised(node) is not None:
         return _no_channels(node)
-    if _argument(node, 5):
+    if argument_of(node, 5):
         raise UnsupportedOperation("takes its statistics from the batch")
     atoms = labels.channels(node.args[0], 1)
     for tensor in node.args[1:5]:
@@ -196,7 +199,7 @@ def _pool(labels: Labels, node: fx.Node) -> Tensor:
 
 def _reduce(labels: Labels, node: fx.Node) -> Tensor:
     found = labels.of(node.args[0])
-    axes = _argument(node, 2 if operation(node) == "linalg_vector_norm" else 1)
+    axes = argument_of(node, 2 if operation(node) == "linalg_vector_norm" else 1)
     axes = list(range(found.dim())) if not axes and axes != 0 else [axes] if isinstance(axes, int) else axes
     axes = [axis % found.dim() for axis in axes]
     varying = [axis for axis in range(found.dim()) if varies(compact(found), axis)]
@@ -238,7 +241,7 @@ def _matmul(labels: Labels, node: fx.Node) -> Tensor:
 def _attention(labels: Labels, node: fx.Node) -> Tensor:
     query, key, value = (labels.of(argument) for argument in node.args[:3])
     weights = _product(labels, query, key.mT)
-    if (mask := _argument(node, 3, node.kwargs.get("attn_mask"))) is not None:
+    if (mask := argument_of(node, 3, node.kwargs.get("attn_mask"))) is not None:
         weights = labels.couple(weights, labels.of(mask))
     weights = compact(weights)
     weights = labels.join_along(weights, weights.dim() - 1).expand(weights.shape)
@@ -268,7 +271,7 @@ def _reshape(labels: Labels, node: fx.Node) -> Tensor:
     if any(standardised(user) is not None and user.args[0] is node for user in node.users):
         return _no_channels(node)  # a weight's two channel axes are followed where a convolution reads it
     result = _move(labels, node)
-    asked = node.args[1] if operation(node) in ("view", "reshape", "expand") else _argument(node, 2, ())
+    asked = node.args[1] if operation(node) in ("view", "reshape", "expand") else argument_of(node, 2, ())
     asked = asked if isinstance(asked, (list, tuple)) else ()
     first = node.args[1] % labels.of(node.args[0]).dim() if operation(node) == "unflatten" else 0
     for offset, number in enumerate(asked):
@@ -286,7 +289,7 @@ def _reshape_as(labels: Labels, node: fx.Node) -> Tensor:
 def _split(labels: Labels, node: fx.Node) -> list[Tensor]:
     """Parts of equal size stay equal: one number in the code stands for all of them."""
     parts = [compact(part) for part in _move(labels, node)]
-    axis = _argument(node, 2, 0) % parts[0].dim()
+    axis = argument_of(node, 2, 0) % parts[0].dim()
     for i, part in enumerate(parts if any(varies(part, axis) for part in parts) else ()):
         twin = next(other for other in parts if other.shape == part.shape)
         if operation(node) == "split_with_sizes":
@@ -302,9 +305,9 @@ def _split(labels: Labels, node: fx.Node) -> list[Tensor]:
 def _slice(labels: Labels, node: fx.Node) -> Tensor:
     result = _move(labels, node)
     whole = compact(labels.of(node.args[0]))
-    axis = _argument(node, 1, 0) % whole.dim()
+    axis = argument_of(node, 1, 0) % whole.dim()
     for position in (2, 3) if operation(node) == "slice" else ():
-        number = _argument(node, position)
+        number = argument_of(node, position)
         if isinstance(number, int) and 0 < number < whole.shape[axis]:
             labels.count(node, number, whole.narrow(axis, 0, number), axis)
     return result
