@@ -15,7 +15,7 @@ from hf_camphive.hub.report import GroupRatio, PruneReport, Stage, budget_text
 from hf_camphive.network.surgery.widening import Expansion
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-FOLDER_PLACEHOLDER = "path/to/this/folder"  # stands for the repo until the folder is pushed
+FOLDER_PLACEHOLDER = "path/to/this/folder"  # in place of the repo's name, which a push gives the uploaded card
 BATCH_SIZES = (1, 32)
 MAX_BOTTLENECKS = 5
 PAPER = "[CAMP-HiVe](https://arxiv.org/abs/2511.06265)"
@@ -98,6 +98,13 @@ def render_card(report: PruneReport, repo_id: str | None, plots: Sequence[str] =
         + _BIBTEX,
     )
     return str(card)
+
+
+def name_source(card: str, repo_id: str) -> str:
+    """Have a rendered card load the model from this repo, instead of from a folder or another repo."""
+    snippet = re.search(r'hf_camphive\.from_pretrained\("([^"]+)"\)', card)
+    source = snippet[1] if snippet else FOLDER_PLACEHOLDER
+    return re.sub(rf'((?:from_pretrained\(|model=)"|"hf-hub:){re.escape(source)}"', rf'\g<1>{repo_id}"', card)
 
 
 def render_expansion_card(expansion: Expansion) -> str:

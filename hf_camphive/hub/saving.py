@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError  # of httpx or its successor, whichever this version uses
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from torch import nn
 
 from hf_camphive.core.config import CONFIG_FILE, CampHiVeConfig
 from hf_camphive.core.errors import OutputError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_to_json
-from hf_camphive.hub.card import FOLDER_PLACEHOLDER, render_card, render_expansion_card
+from hf_camphive.hub.card import name_source, render_card, render_expansion_card
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification
 from hf_camphive.network.surgery.widening import EXPANSION_FILE, Expansion
@@ -204,30 +205,36 @@ def push_folder(
 ) -> str:
     """Upload a saved folder to the Hub in one commit, and return its address.
 
-    The repo is created when it does not exist; the card's load snippet then names it. Training checkpoints and pickles
-    are left out. Raises OutputError.
+    The repo is created when it does not exist. The uploaded card names it; the folder itself stays as it is. Training
+    checkpoints and pickles are left out.
+
+    Raises:
+        OutputError: Where the folder holds no model of this package, or the Hub refuses.
     """
     folder = Path(folder)
     if not _is_model(folder):
         raise OutputError(
             f"{folder} was not saved by hf_camphive ({MODEL_CONFIG_FILE} is not of a {MODEL_TYPE}); push a folder that was"
         )
-    card = Path(folder, CARD_FILE)
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            card.write_text(text.replace(FOLDER_PLACEHOLDER, url.repo_id), encoding="utf-8")
-        api.upload_folder(
-            folder_path=folder, repo_id=url.repo_id, commit_message=commit_message, ignore_patterns=_NEVER_PUSHED
-        )
+        api.create_commit(url.repo_id, _additions(folder, url.repo_id), commit_message=commit_message)
     except (OSError, ValueError, HTTPError) as error:
         raise OutputError(
             f"could not push {folder} to {repo_id} ({_first_line(error)}); it is whole on disk: log in with "
             "`hf auth login`, make sure that you may write to that repo, and push again"
         ) from error
     return str(url)
+
+
+def _additions(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
+    """The files of a folder as they are uploaded to a repo, the card under the repo's name."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    pushed = filter_repo_objects(names, ignore_patterns=[*_NEVER_PUSHED, *DEFAULT_IGNORE_PATTERNS])
+    card = Path(folder, CARD_FILE)
+    content = {CARD_FILE: name_source(card.read_text(encoding="utf-8"), repo_id).encode()} if card.is_file() else {}
+    return [CommitOperationAdd(name, content.get(name, folder / name)) for name in pushed]
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -416,12 +416,14 @@ def test_pushing_without_a_hub_names_the_remedy(folder, monkeypatch):
 
 ALIGNED = "import torch\n" + inspect.getsource(aligned).replace("nn.Module", "torch.nn.Module")
 WITH_PACKAGE = f"""
-import json, sys, timm
+import huggingface_hub, json, sys, timm
 {ALIGNED}
 import hf_camphive.hub.saving as hub
 from transformers import AutoModelForImageClassification, pipeline
 folder, pixels = sys.argv[1], torch.load(sys.argv[2])
 url = hub.push_folder(folder, "tester/small", commit_message="First")
+hub.push_folder(folder, "tester/again", commit_message="Second")
+hub.push_folder(huggingface_hub.snapshot_download("tester/small", local_dir="downloaded"), "tester/fork")
 read = {{
     "hub.from_pretrained": hub.from_pretrained("tester/small").timm_model,
     "AutoModel": AutoModelForImageClassification.from_pretrained("tester/small").timm_model,
@@ -516,9 +518,26 @@ def test_the_code_in_a_saved_folder_opens_no_pickle_either(served):
 
 def test_a_push_is_one_commit_of_our_files(served):
     _, fake, local = served
-    assert fake.commits == [("tester/small", "First")]
-    pushed = fake.repos["tester/small"]
-    assert set(pushed) == set(snapshot(local)) - {"checkpoints/optimizer.bin", "trained.pt"}
-    readme = pushed["README.md"].decode()
-    assert readme == (local / "README.md").read_text() and "Model Card for" not in readme
-    assert 'hf_camphive.from_pretrained("tester/small")' in readme and "path/to/this" not in readme
+    assert fake.commits == [
+        *(("tester/small", "First"), ("tester/again", "Second")),
+        ("tester/fork", "Upload pruned model"),
+    ]
+    files = snapshot(local)
+    for repo in fake.repos.values():
+        assert set(repo) == set(files) - {"checkpoints/optimizer.bin", "trained.pt"}
+        assert all(data == files[name] for name, data in repo.items() if name != "README.md")
+
+
+def test_a_push_changes_nothing_on_disk(served, folder):
+    _, _, local = served
+    others = {"checkpoints/optimizer.bin": b"pickle", "trained.pt": b"pickle"}
+    assert snapshot(local) == snapshot(folder) | others
+
+
+def test_an_uploaded_card_names_its_own_repo_whatever_was_pushed_before(served):
+    _, fake, _ = served
+    for repo, files in fake.repos.items():
+        readme = files["README.md"].decode()
+        assert f'hf_camphive.from_pretrained("{repo}")' in readme and f'"hf-hub:{repo}"' in readme
+        assert "path/to/this" not in readme and "Model Card for" not in readme
+        assert not [other for other in fake.repos if other != repo and other in readme]
