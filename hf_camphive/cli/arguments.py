@@ -63,7 +63,10 @@ class RunArguments:
     """What to do with the result."""
 
     output_dir: str | None = _option(None, "Folder of the pruned model; outputs/<model>-camphive by default.")
-    overwrite: bool = _option(False, "Replace a pruned model that stands in the output folder.")
+    overwrite: bool = _option(
+        False,
+        "Replace a pruned model in the output folder; without --resume, discard what a run that was cut off kept.",
+    )
     dry_run: bool = _option(False, "Only plan: print the plan and write prune_plan.json into the output folder.")
     resume: bool = _option(
         False, "Go on with a run that was killed or ended in an error, from its last finished cycle or epoch."

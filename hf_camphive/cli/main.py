@@ -96,6 +96,7 @@ def prune(arguments: Sequence[str]) -> None:
 
     output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
     output = check_output_folder(output, run.overwrite and not run.dry_run)  # a plan would not fit a model found there
+    work = _work_folder(output, may_hold_state=run.resume or run.overwrite or run.dry_run)
     pruner = CampHiVePruner(_load(model), config)
     _log_to_terminal(pruner.accelerator.is_local_main_process)
     pruner.check_budget()
@@ -104,7 +105,6 @@ def prune(arguments: Sequence[str]) -> None:
         _dry_run(pruner, loaders, output)
         return
 
-    work = output.with_name(f".{output.name}.work")
     if pruner.accelerator.is_main_process and not run.resume:
         shutil.rmtree(work, ignore_errors=True)
     pruner.accelerator.wait_for_everyone()
@@ -292,6 +292,23 @@ def compare(arguments: Sequence[str]) -> None:
         print(f"\n{results.to_markdown()}\nThis table, the rows and a plot are in {_relative(comparison.folder)}")
 
 
+def _work_folder(output: Path, may_hold_state: bool) -> Path:
+    """Return the folder beside `output` that keeps the state of a run.
+
+    Raises:
+        ConfigError: It holds the state of a run that was cut off, which a new run would discard.
+    """
+    from hf_camphive.runs.progress import has_state
+
+    work = output.with_name(f".{output.name}.work")
+    if has_state(work) and not may_hold_state:
+        raise ConfigError(
+            f"a run that was cut off left its state in {_relative(work)}; go on with --resume, or start afresh with "
+            "--overwrite, which discards it"
+        )
+    return work
+
+
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
     """Handle an error that the user can correct, in a run that keeps its state in a folder.
@@ -311,8 +328,10 @@ def _resumable(folder: Path) -> Iterator[None]:
         if has_state(folder):
             if isinstance(error, ConfigError):
                 raise
-            kept = f"what the run did so far is kept in {_relative(folder)}: fix this and add --resume"
-            raise type(error)(f"{error}; {kept}") from error
+            raise type(error)(
+                f"{error}; what the run did so far is kept in {_relative(folder)}: fix this and add --resume, or start "
+                "afresh with --overwrite"
+            ) from error
         if folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         for path in made[1:]:

@@ -208,7 +208,9 @@ def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
         assert prune(*options) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in told
-    assert told.endswith("what the run did so far is kept in out/.small.work: fix this and add --resume")
+    assert told.endswith(
+        "what the run did so far is kept in out/.small.work: fix this and add --resume, or start afresh with --overwrite"
+    )
     cycles = plans_from_json(Path("out/.small.work/network", PLAN_FILE).read_text())
     assert len(cycles) == 1
     assert prune(*options, "--resume") == 0
@@ -227,7 +229,11 @@ def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(saving, "_put_in_place", limited)
         assert prune("--merge", "none", "--output-dir", "small") == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("kept in .small.work: fix this and add --resume")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("kept in .small.work: fix this and add --resume, or start afresh with --overwrite")
+    )
     assert [path.name for path in Path.cwd().iterdir()] == [".small.work"]
 
 
@@ -235,7 +241,10 @@ def test_a_loss_that_is_not_a_number_keeps_the_pruned_network(capsys):
     options = ["--epochs", "2", "--per-device-train-batch-size", "32", "--merge", "none", "--output-dir", "small"]
     assert prune(*options, "--learning-rate", "1e30") == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"Lower --learning_rate.*kept in \.small\.work: fix this and add --resume$", told)
+    assert re.search(
+        r"Lower --learning_rate.*kept in \.small\.work: fix this and add --resume, or start afresh with --overwrite$",
+        told,
+    )
     pruned = plans_from_json(Path(".small.work/network", PLAN_FILE).read_text())
     assert len(pruned) == 1
     assert prune(*options, "--learning-rate", "0.01", "--resume") == 0  # the cure that the error names
@@ -446,6 +455,20 @@ def test_a_killed_run_is_resumed_by_the_same_command(capsys):
     assert both[0] == both[1] and len(both[0]) == 2
     weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("out/small", "whole")]
     assert weights[0] == weights[1]
+
+
+def test_a_restart_does_not_discard_the_state_of_a_run_that_was_cut_off(capsys):
+    state = Path(".small.work", "network", "model.safetensors")
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"hours of work")
+    message = refused(capsys, "--output-dir", "small")
+    assert "a run that was cut off left its state in .small.work" in message
+    assert message.endswith("go on with --resume, or start afresh with --overwrite, which discards it")
+    assert prune("--dry-run", "--output-dir", "small") == 0 and state.exists()
+    state.parent.rename(".small.work/.network.old-0123abcd")  # killed while it replaced the state of a cycle
+    assert "go on with --resume" in refused(capsys, "--output-dir", "small")
+    assert prune("--output-dir", "small", "--overwrite", "--merge", "none") == 0
+    assert [path.name for path in Path.cwd().iterdir()] == ["small"]
 
 
 def test_the_script_is_the_same_job():
