@@ -4,6 +4,7 @@ Reads folders and the Hub's cache, writes nothing. Weights come from safetensors
 """
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_camphive.core.errors import ModelError, PlanError
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
 from hf_camphive.hub.saving import _first_line
+from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.modeling import modeling_camphive
 from hf_camphive.network.modeling.cifar import checkpoint_filter
 from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
@@ -120,6 +122,15 @@ def as_base(model: BaseModel | nn.Module | str) -> BaseModel:
         license=config.get("license"),
         label_names=tuple(config["label_names"]) if config.get("label_names") else None,
     )
+
+
+def weights_fingerprint(net: nn.Module) -> str:
+    """Return a short SHA-256 of all parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named_tensors(net).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def replace_head(base: BaseModel, label_names: Sequence[str], seed: int) -> BaseModel:

@@ -5,7 +5,6 @@ network, which do not depend on what is done with them. A method that is not in 
 """
 
 import copy
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,10 +27,9 @@ from hf_camphive.core.errors import ConfigError, OutputError, PlanError, Reconst
 from hf_camphive.core.measures import Accuracy, format_share, published
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import environment, make_accelerator
-from hf_camphive.hub.loading import BaseModel
+from hf_camphive.hub.loading import BaseModel, weights_fingerprint
 from hf_camphive.hub.plots import DPI
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA, Scores
@@ -347,16 +345,7 @@ def _settings(base: BaseModel, config: CampHiVeConfig, data: Mapping[str, Any]) 
     shared = {key: value for key, value in asdict(config).items() if key not in GRID}
     described = {key: published(value) if isinstance(value, str) else value for key, value in data.items()}
     model = {"model": published(base.model_id), "architecture": base.architecture, "revision": base.revision}
-    return {**model, "weights": _fingerprint(base.net), **described, **shared}
-
-
-def _fingerprint(net: nn.Module) -> str:
-    """Short hash of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named_tensors(net).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return {**model, "weights": weights_fingerprint(base.net), **described, **shared}
 
 
 def _choice(kind: str, name: str, table: Iterable[str]) -> None:

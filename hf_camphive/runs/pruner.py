@@ -31,7 +31,14 @@ from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.budgets import overall_budgets
 from hf_camphive.pruning.scoring.context import Scores
 from hf_camphive.runs.cycle import Batches, PruningCycle
-from hf_camphive.runs.progress import IterationCheckpoint, Progress, load_progress, save_progress, training_folder
+from hf_camphive.runs.progress import (
+    IterationCheckpoint,
+    Progress,
+    load_progress,
+    run_identity,
+    save_progress,
+    training_folder,
+)
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import Loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
@@ -58,6 +65,7 @@ class CampHiVePruner:
         self.report: PruneReport | None = None
         self._finetune: dict[str, Any] | None = None
         self._head_replaced = False
+        self._identity: dict[str, Any] = {}
 
     @property
     def config(self) -> CampHiVeConfig:
@@ -145,6 +153,7 @@ class CampHiVePruner:
         """
         work = Path(work_dir) if work_dir else None
         set_seed(self.config.seed)
+        self._identity = run_identity(self.base, loaders.info) if work else {}
         if resume and work:
             self._restore(work, loaders)
         if not self.plans:
@@ -249,12 +258,13 @@ class CampHiVePruner:
         if work and self.accelerator.is_main_process:
             dense = _on_disk(self.dense) if self._head_replaced else None
             report = self._report(loaders, command, latency=False)
-            save_progress(work, Progress(_on_disk(self.net), dense, tuple(self.plans), report), self.base, self.config)
+            progress = Progress(_on_disk(self.net), dense, tuple(self.plans), report)
+            save_progress(work, progress, self.base, self.config, self._identity)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, work: Path, loaders: Loaders) -> None:
         """Take up the state that a killed run of the same kind left on disk."""
-        progress = load_progress(work, self.config, self.base.model_id, loaders.info.dataset_id)
+        progress = load_progress(work, self.config, self._identity)
         if progress is None:
             return
         self._head_replaced = progress.report.head_replaced

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,7 +31,7 @@ from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.runs import cycle, pruner
-from hf_camphive.runs.progress import IterationCheckpoint
+from hf_camphive.runs.progress import IterationCheckpoint, load_progress, run_identity
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.loaders import load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
@@ -480,6 +481,45 @@ def test_another_model_or_dataset_is_not_resumed(killed, colours):
     other = replace(load_base("digits_resnet"), model_id="someone/else")
     with pytest.raises(ConfigError, match="model: 'digits_resnet' then, 'someone/else' now"):
         pruned(TWO_CYCLES, model=other, work_dir=killed, resume=True)
+
+
+def test_other_weights_under_the_same_name_are_not_resumed(killed):
+    other = load_base("digits_resnet")
+    other.net.bn1.running_mean[0] += 1e-3
+    with pytest.raises(ConfigError, match=r"another one \(weights: '\w{16}' then, '\w{16}' now\); resume it"):
+        pruned(TWO_CYCLES, model=other, work_dir=killed, resume=True)
+
+
+def test_other_rows_or_labels_of_the_same_dataset_are_not_resumed(killed):
+    job = CampHiVePruner("digits_resnet", TWO_CYCLES)
+    fewer = load_loaders("digits", job.base.net, TWO_CYCLES, workers=0, max_train_samples=200, max_eval_samples=100)
+    with pytest.raises(ConfigError, match=r"\(train labels: .*; train rows: 256 then, 200 now; train split: '256 of"):
+        job.run(fewer, work_dir=killed, resume=True)
+    loaders = digits(job.base.net, TWO_CYCLES)
+    relabelled = replace(loaders.info, label_digests={**loaders.info.label_digests, "calibration": "0" * 16})
+    with pytest.raises(
+        ConfigError, match=r"another one \(calibration labels: '\w{16}' then, '0{16}' now\); resume it"
+    ):
+        job.run(replace(loaders, info=relabelled), work_dir=killed, resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")], ids=["old", "cut"])
+def test_a_state_whose_weights_cannot_be_checked_is_not_resumed(killed, tmp_path, damage):
+    work = shutil.copytree(killed, tmp_path / "work")
+    damage(work / "run.json")
+    with pytest.raises(ConfigError, match=r"whether it is the same model and dataset cannot be checked.*remove that"):
+        pruned(TWO_CYCLES, work_dir=work, resume=True)
+
+
+def test_a_fresh_run_in_the_folder_of_another_one_never_mixes_with_it(killed, tmp_path, monkeypatch):
+    work = shutil.copytree(killed, tmp_path / "work")
+    other = load_base("digits_resnet")
+    other.net.bn1.running_mean[0] += 1e-3
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save_folder", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            pruned(TWO_CYCLES, model=other, work_dir=work)
+    assert load_progress(work, TWO_CYCLES, run_identity(other, digits(other.net, TWO_CYCLES).info)) is None
 
 
 def test_a_damaged_state_is_named(killed, tmp_path):

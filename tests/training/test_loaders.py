@@ -313,6 +313,20 @@ def test_a_wrong_label_of_a_stream_is_refused_where_it_is_read(tmp_path, net):
         data.load_loaders(folder, net, config(calibration_size=60), streaming=True, workers=0)
 
 
+def test_labels_have_a_digest_that_tells_one_changed_label(tmp_path, net):
+    labels = [[0, 0, 0, 1, 1, 2][i % 6] for i in range(60)]
+    train, test = rows(60, labels=labels), rows(30, 1000)
+    first, again = (data.load_loaders(save(tmp_path / x, train=train, test=test), net, config()).info for x in "ab")
+    assert first.label_digests == again.label_digests
+    assert first.label_digests.keys() == {"calibration", "train", "validation", "test"}
+    other = rows(60, labels=[*labels[:-1], 1])
+    changed = data.load_loaders(save(tmp_path / "c", train=other, test=test), net, config(calibration_size=60)).info
+    assert changed.label_digests["test"] == first.label_digests["test"]
+    assert changed.label_digests["train"] != first.label_digests["train"]
+    stream = data.load_loaders(str(tmp_path / "a"), net, config(), streaming=True, workers=0).info
+    assert stream.label_digests.keys() == {"calibration"}
+
+
 def test_fewer_rows_than_asked_for_are_all_used_and_said(tmp_path, net, caplog):
     folder = save(tmp_path / "d", train=rows(40), validation=rows(10, 1000))
     with caplog.at_level(logging.WARNING):

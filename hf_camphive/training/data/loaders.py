@@ -4,6 +4,7 @@ Reads through `datasets` only; images stay encoded until a batch needs them. Dra
 save the training augmentation, which follows torch's and Python's global generators (as torchvision and timm do).
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -43,16 +44,19 @@ _WRITTEN = {"digits", "ylecun/mnist", "ufldl-stanford/svhn"}  # a mirrored digit
 class DatasetInfo:
     """What was read, for the report: `splits` and `rows` are keyed by role (calibration, train, validation, test).
 
-    `rows` leaves out what is not counted, which is every streamed split.
+    `rows` leaves out what is not counted, which is every streamed split; so does `label_digests`, a short SHA-256 of
+    the labels in the order of the rows.
     """
 
     dataset_id: str
+    config_name: str | None
     revision: str | None
     image_column: str
     label_column: str
     label_names: tuple[str, ...]
     splits: dict[str, str]
     rows: dict[str, int]
+    label_digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -158,24 +162,26 @@ def load_loaders(
     }
     if streaming:
         data, described = divide_streams(splits, image, label, **options)
-        known = {"calibration": data["calibration"]}
-        labels = {f"the {described['calibration']}": read_labels(data["calibration"], label)}
+        known = {"calibration": read_labels(data["calibration"], label)}
+        labels = {f"the {described['calibration']}": known["calibration"]}
     else:
         of_split = {split: read_labels(rows, label) for split, rows in splits.items()}
         parts = divide(of_split, **options)
         data = {role: splits[part.split].select(part.rows) for role, part in parts.items()}
         described = {role: str(part) for role, part in parts.items()}
-        known = data
+        known = {role: of_split[part.split][part.rows] for role, part in parts.items()}
         used = [parts[role].split for role in ("train", "calibration", "validation", "test") if role in parts]
         labels = {f"split {split!r}": of_split[split] for split in used}
     info = DatasetInfo(
         dataset_id=name,
+        config_name=config_name,
         revision=revision_read(dataset_id, splits),
         image_column=image,
         label_column=label,
         label_names=class_names(features[label], labels, net),
         splits=described,
-        rows={role: len(rows) for role, rows in known.items()},
+        rows={role: len(numbers) for role, numbers in known.items()},
+        label_digests={role: hashlib.sha256(numbers.tobytes()).hexdigest()[:16] for role, numbers in known.items()},
     )
     for role in described:
         logger.info("%s: %s", role, described[role])
