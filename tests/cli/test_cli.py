@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hf_camphive.saving.loading import load_base
-from hf_camphive.saving.report import REPORT_FILE, PruneReport
+from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from PIL import Image
 from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification

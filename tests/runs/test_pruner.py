@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hf_camphive.saving.loading import load_base
-from hf_camphive.saving.report import REPORT_FILE, PruneReport
+from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from PIL import Image
 from support.brief import measure_briefly, skip_folding, time_briefly
 from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
