@@ -91,13 +91,16 @@ def prune(arguments: Sequence[str]) -> None:
     if run.dry_run and not config.cuts_channels:
         raise ConfigError("--dry-run: granularity 'weight' cuts nothing that a plan could show; leave that option out")
 
+    from hf_camphive.core.runtime import Workers, make_accelerator
     from hf_camphive.hub.saving import check_output_folder, push_folder
     from hf_camphive.runs.pruner import CampHiVePruner
 
     output = run.output_dir or f"outputs/{_short(model.model)}-camphive"
-    output = check_output_folder(output, run.overwrite and not run.dry_run)  # a plan would not fit a model found there
+    overwrite = run.overwrite and not run.dry_run  # a plan would not fit a model found there
+    accelerator = make_accelerator(config)
+    output = Workers(accelerator).on_main(lambda: check_output_folder(output, overwrite))
     work = _work_folder(output, may_hold_state=run.resume or run.overwrite or run.dry_run)
-    pruner = CampHiVePruner(_load(model), config)
+    pruner = CampHiVePruner(_load(model), config, accelerator)
     _log_to_terminal(pruner.accelerator.is_local_main_process)
     pruner.check_budget()
     loaders = _loaders(model, data, pruner.base.net, config)
@@ -170,7 +173,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
-    from hf_camphive.core.runtime import environment, make_accelerator
+    from hf_camphive.core.runtime import Workers, environment, make_accelerator
     from hf_camphive.hub.report import Stage, stages_table
     from hf_camphive.network.footprint import footprint, measure_latency
     from hf_camphive.training.evaluation import evaluate_accuracy
@@ -188,7 +191,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     loader, split = loaders.evaluation
     accuracy = evaluate_accuracy(net, loader, accelerator, split)
     size = tuple(net.pretrained_cfg["input_size"])
-    latency = measure_latency({"model": net}, size)["model"]
+    latency = Workers(accelerator).on_main(lambda: measure_latency({"model": net}, size))["model"]
     if accelerator.is_main_process:
         stage = Stage(_short(model.model), footprint(net, size, latency), accuracy)
         print(stages_table([stage], environment(accelerator.device, accelerator.num_processes)))

@@ -132,7 +132,8 @@ class CampHiVeConfig:
     per_device_eval_batch_size: int = _option(128, "Images per evaluation step and process.")
     gradient_accumulation_steps: int = _option(1, "Batches summed before each step.")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _option(
-        "auto", "`auto` times a few steps of bf16 against fp32 and takes the faster."
+        "auto",
+        "Precision of finetuning: `auto` is bf16 on a GPU that has it natively, fp32 elsewhere. Polishing runs in fp32 unless `bf16` is given.",
     )
     head_epochs: float = _option(2.0, "Epochs that a replaced classifier is trained for before pruning.")
 

@@ -91,3 +91,8 @@ def format_cost(cost: str, value: float) -> str:
     if cost == "latency":
         return f"{value:.3g} ms a batch"
     return f"{value:,.0f} {'MACs per image' if cost == 'macs' else 'parameters'}"
+
+
+def format_precision(precision: str) -> str:
+    """Return "fp32" for "no", which asks for no mixed precision; other names as they are."""
+    return "fp32" if precision == "no" else precision

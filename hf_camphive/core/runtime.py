@@ -6,9 +6,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.errors import CampHiVeError, ConfigError
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -50,6 +51,11 @@ def make_accelerator(config: CampHiVeConfig) -> Accelerator:
         raise ConfigError(
             f"launched as one of {asked} processes, but they do not see each other ({accelerator.num_processes} in "
             "the group): every one would do the whole run; set ACCELERATE_USE_CPU=true on CPU, or launch one process"
+        )
+    if accelerator.num_processes > 1 and float64_device(accelerator.device) != accelerator.device:
+        raise ConfigError(
+            f"{accelerator.num_processes} processes on {accelerator.device}, which has no float64: sums over processes are taken "
+            "in it, on that device; launch one process, or several on CPU with ACCELERATE_USE_CPU=true"
         )
     if "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
         logger.warning(
@@ -83,6 +89,27 @@ class Workers:
     def broadcast(self, value: Any) -> Any:
         """Return the main process's value on every process; what the others pass is ignored."""
         return value if self.count == 1 else broadcast_object_list([value])[0]
+
+    def on_main(self, action: Callable[[], Item]) -> Item:
+        """Run `action` on the main process alone, and return its result on every process; the others wait.
+
+        What writes to a disk that the processes share, and what is timed, goes through here. The result must be picklable.
+
+        Raises:
+            CampHiVeError: On every process, where `action` raises one on the main process.
+        """
+        if self.count == 1:
+            return action()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except CampHiVeError as raised:
+                error = raised
+        result, error = broadcast_object_list([result, error])
+        if error is not None:
+            raise error
+        return result
 
     def wait(self) -> None:
         """Wait until every process has come here."""
@@ -184,3 +211,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+@cache
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself where it computes in float64, else the CPU. Everything here that sums in float64 asks this."""
+    try:
+        torch.ones(2, dtype=torch.float64, device=device).sum().item()
+    except (RuntimeError, TypeError) as error:  # which of them depends on the backend
+        if is_out_of_memory(error):
+            raise
+        return torch.device("cpu")
+    return device
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on `float64_device` of its own."""
+    return tensor.to(float64_device(tensor.device)).double()

@@ -10,7 +10,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_camphive.core.measures import NOT_MEASURED, format_bytes, format_count, format_ms, format_share
+from hf_camphive.core.measures import (
+    NOT_MEASURED,
+    format_bytes,
+    format_count,
+    format_ms,
+    format_precision,
+    format_share,
+)
 from hf_camphive.hub.report import GroupRatio, PruneReport, Stage, budget_text
 from hf_camphive.network.surgery.widening import Expansion
 
@@ -310,7 +317,8 @@ def _steps(report: PruneReport) -> str:
         items.append("No finetuning after pruning.")
     else:
         settings = _settings(report, "num_train_epochs learning_rate optimizer distillation label_smoothing")
-        items.append(f"Finetuned ({settings}); the last epoch is reported, not the best.")
+        precision = format_precision(report.finetune["mixed_precision"])
+        items.append(f"Finetuned in {precision} ({settings}); the last epoch is reported, not the best.")
     items += map(budget_text, report.budgets)
     settings = _settings(report, f"{'sparsity' if _zeroes_weights(report) else 'cycles'} calibration_size seed")
     items.append(f"Settings: {settings}; all of them in `camphive_config.json`.")

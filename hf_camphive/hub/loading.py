@@ -38,7 +38,7 @@ from hf_camphive.network.modeling import modeling_camphive
 from hf_camphive.network.modeling.cifar import checkpoint_filter
 from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
 
-BUNDLED = "digits_resnet"
+BUNDLED = ("digits_wide_resnet", "digits_resnet")
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _FILES = [CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, "README.md"]
@@ -70,18 +70,20 @@ def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
     """Load a network for pruning, on the CPU, in fp32 and evaluation mode.
 
     `model_id` is a Hub id ("timm/resnet18.a1_in1k", perhaps with "@revision"), a folder in timm's layout or one that
-    this package saved, "digits_resnet" (bundled), the name of a timm network with published weights, or, with
+    this package saved, the name of a bundled network (`BUNDLED`), the name of a timm network with published weights, or, with
     `checkpoint` (a safetensors file), of any timm network. Raises `ModelError`, before any work, on all that fails.
     """
     for prefix in ("hf-hub:", "hf_hub:", "local-dir:"):
         model_id = model_id.removeprefix(prefix)
     if not model_id:
-        raise ModelError(f"no model is named; give a Hub id such as {_EXAMPLE}, a folder, or {BUNDLED!r}")
+        raise ModelError(
+            f"no model is named; give a Hub id such as {_EXAMPLE}, a folder, or {BUNDLED[0]!r}, which is bundled"
+        )
     if checkpoint is not None:
         return _from_checkpoint(model_id, Path(checkpoint))
-    if model_id == BUNDLED:
-        with resources.as_file(resources.files("hf_camphive") / "assets" / BUNDLED) as folder:
-            return _from_folder(folder, BUNDLED, None)
+    if model_id in BUNDLED:
+        with resources.as_file(resources.files("hf_camphive") / "assets" / model_id) as folder:
+            return _from_folder(folder, model_id, None)
     if Path(model_id).is_dir():
         return _from_folder(Path(model_id), model_id, None)
     if Path(model_id).is_file():

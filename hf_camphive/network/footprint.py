@@ -96,14 +96,14 @@ def _time_rounds(
 
 @torch.no_grad()
 def _forward_ms(net: nn.Module, images: torch.Tensor) -> float:
-    wait_for(images.device)
+    _wait_for(images.device)
     began = time.perf_counter()
     net(images)
-    wait_for(images.device)
+    _wait_for(images.device)
     return 1000 * (time.perf_counter() - began)
 
 
-def wait_for(device: torch.device) -> None:
+def _wait_for(device: torch.device) -> None:
     """Until the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.core.runtime import ALONE, Workers, float64_device, to_float64
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
@@ -172,10 +172,10 @@ class _PolishRun:
 
     def _divergence(self) -> float:
         """KL(dense || net) of logits / `TEMPERATURE`, summed over the held out images of all processes."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.own.images.device)
+        total = torch.zeros(1, dtype=torch.float64, device=float64_device(self.own.images.device))
         with torch.no_grad():
             for images, target in zip(self.held_out, self.targets):
-                given, found = ((z.double() / TEMPERATURE).log_softmax(1) for z in (target, self._logits(images)))
+                given, found = ((to_float64(z) / TEMPERATURE).log_softmax(1) for z in (target, self._logits(images)))
                 total += F.kl_div(found, given, reduction="sum", log_target=True)
         return float(self.workers.sum(total))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_camphive.core.plan import PrunePlan
+from hf_camphive.core.runtime import to_float64
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.rules import merge
 from hf_camphive.pruning.merging.task import MergeTask
@@ -49,9 +50,9 @@ class Trial:
         def loss(weight: float) -> float:
             task = replace(self.task, plan=plan_for(weight), images=some.images)
             net = apply_plan(self.net, task.plan, task.trace, merge(task))
-            total = torch.zeros(1, dtype=torch.float64, device=task.workers.device)
+            total = torch.zeros(1, dtype=torch.float64)
             for images, target in zip(judges.images, targets):
-                total += torch.linalg.vector_norm((net(images) - target).double(), dim=1).sum()
+                total += torch.linalg.vector_norm(to_float64(net(images) - target), dim=1).sum().cpu()
             mean = float(task.workers.sum(total)) / judges.total
             logger.info("Trial with early weight %g: logits are %.4g from the dense network's", weight, mean)
             return mean

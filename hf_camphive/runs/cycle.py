@@ -208,13 +208,13 @@ class PruningCycle:
             options = PolishOptions(
                 self.config.label_free_steps,
                 self.config.seed,
-                polish_precision(self.net, fitted.batches[0], self.config, self.accelerator),
+                polish_precision(self.config.mixed_precision),
             )
             recalibrated = self._recalibrated(fitted)
             polished = polish(
                 self.net, self.dense, fitted, held_out, options, recalibrated=recalibrated, workers=self.workers
             )
-        self.log.notes.append(_polish_note(polished, options.steps, held_out.total))
+        self.log.notes.append(_polish_note(polished, options, held_out.total))
         return self.net
 
     def placed(self, net: nn.Module) -> nn.Module:
@@ -302,14 +302,15 @@ class PruningCycle:
         return weight
 
 
-def _polish_note(polished: Polished, steps: int, judges: int) -> str:
+def _polish_note(polished: Polished, options: PolishOptions, judges: int) -> str:
     """Say in a sentence what the polishing changed."""
     if not judges:
         return f"Not polished: fewer than {HOLDOUT_STRIDE} calibration images leave none to judge by."
     moves = {
         "BatchNorm's statistics went {:.0%} of the way to those of the calibration images": polished.statistics,
-        f"the weights went {{:.0%}} of the way of {steps} gradient steps towards the base's logits": polished.weights,
+        f"the weights went {{:.0%}} of the way of {options.steps} gradient steps towards the base's logits": polished.weights,
     }
     by = f"as {judges} calibration images held out of the merge say"
     done = " and ".join(move.format(share) for move, share in moves.items() if share)
-    return f"Polished without labels: {done}, {by}." if done else f"Not polished: no step helped, {by}."
+    how = "without labels" + ("" if options.precision == "no" else f", in {options.precision}")
+    return f"Polished {how}: {done}, {by}." if done else f"Not polished: no step helped, {by}."

@@ -110,15 +110,23 @@ def save_progress(
         saving.save_folder(work_dir / name, net, base, config, plans, progress.report, overwrite=True)
 
 
+def put_back(work_dir: Path) -> None:
+    """Put back the model folders that a killed run was replacing; for one process, before any reads them.
+
+    Raises:
+        OutputError: Where something else stands in their place.
+    """
+    for name in (_NETWORK, _DENSE):
+        saving.check_output_folder(work_dir / name, overwrite=True)
+
+
 def load_progress(work_dir: Path, config: CampHiVeConfig, identity: dict[str, Any]) -> Progress | None:
-    """State of a killed run, or None where it had kept nothing.
+    """Read the state of a killed run, after `put_back`; None where it had kept nothing.
 
     Raises:
         ConfigError: That run was another one: another config (save the learning rate), network or dataset. Or its state
             is damaged, or of a version that did not record what it was of.
     """
-    for name in (_NETWORK, _DENSE):
-        saving.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
     folder = work_dir / _NETWORK
     if not folder.exists():
         return None

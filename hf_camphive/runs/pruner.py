@@ -7,7 +7,7 @@ on the way, and keeps it for a run that has to be resumed.
 import copy
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
-from hf_camphive.core.measures import Accuracy, published
+from hf_camphive.core.measures import Accuracy, Latency, published
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import RunLog, environment
 from hf_camphive.hub import saving
@@ -35,6 +35,7 @@ from hf_camphive.runs.progress import (
     IterationCheckpoint,
     Progress,
     load_progress,
+    put_back,
     run_identity,
     save_progress,
     training_folder,
@@ -196,13 +197,14 @@ class CampHiVePruner:
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model folder (safetensors, configs, plan, report, card, plots); returns it.
 
-        Raises `OutputError` where the folder holds something else, or a model and `overwrite` is not set.
+        Raises:
+            OutputError: Where the folder holds something else, or a model and `overwrite` is not set.
         """
         report = self.report or self._report(None, "", latency=True)
-        path = Path(folder).expanduser().resolve()
-        if self.accelerator.is_main_process:
+
+        def save() -> Path:
             scores = {name: values.tolist() for name, values in self.scores.items()}
-            path = saving.save_folder(
+            return saving.save_folder(
                 folder,
                 _on_disk(self.net),
                 self.base,
@@ -212,8 +214,8 @@ class CampHiVePruner:
                 lambda plots: draw_plots(report, scores, plots),
                 overwrite,
             )
-        self.accelerator.wait_for_everyone()
-        return path
+
+        return self.cycle.workers.on_main(save)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str | None:
         """Save and upload in one commit; returns the repo's address (None on all processes but the main one)."""
@@ -255,15 +257,20 @@ class CampHiVePruner:
 
     def _keep(self, work: Path | None, loaders: Loaders, command: str) -> None:
         """Put the state of the run on disk, for `resume`."""
-        if work and self.accelerator.is_main_process:
+        if work is None:
+            return
+
+        def save() -> None:
             dense = _on_disk(self.dense) if self._head_replaced else None
             report = self._report(loaders, command, latency=False)
             progress = Progress(_on_disk(self.net), dense, tuple(self.plans), report)
             save_progress(work, progress, self.base, self.config, self._identity)
-        self.accelerator.wait_for_everyone()
+
+        self.cycle.workers.on_main(save)
 
     def _restore(self, work: Path, loaders: Loaders) -> None:
         """Take up the state that a killed run of the same kind left on disk."""
+        self.cycle.workers.on_main(lambda: put_back(work))
         progress = load_progress(work, self.config, self._identity)
         if progress is None:
             return
@@ -284,8 +291,7 @@ class CampHiVePruner:
         times: dict[str, Any] = dict.fromkeys(nets)
         if latency:
             with self.log.timed("measure latency"):
-                folded = {f"{name} folded": fold(net, self.input_size) for name, net in nets.items()}
-                times = measure_latency(nets | folded, self.input_size, self._batch_sizes())
+                times = self.cycle.workers.on_main(lambda: self._latencies(nets))
         costs = {
             name: footprint(net, self.input_size, times[name], times.get(f"{name} folded"))
             for name, net in nets.items()
@@ -317,6 +323,11 @@ class CampHiVePruner:
             seconds={step: round(seconds, 3) for step, seconds in self.log.seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
         )
+
+    def _latencies(self, nets: Mapping[str, nn.Module]) -> dict[str, dict[int, Latency]]:
+        """Latency of each network as it is and, as "<name> folded", as it would be deployed."""
+        folded = {f"{name} folded": fold(net, self.input_size) for name, net in nets.items()}
+        return measure_latency({**nets, **folded}, self.input_size, self._batch_sizes())
 
     def _batch_sizes(self) -> list[int]:
         """Batch sizes whose latency is measured."""

@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import DataError, TrainingError
+from hf_camphive.core.measures import format_precision
 from hf_camphive.core.runtime import Workers
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.checkpoints import CheckpointStore, EpochLog, TrainingProgress
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.optimization import classification_loss, keep_zeros, make_optimizer, warmup_cosine
-from hf_camphive.training.precision import Batch, Precision, autocast, channels_last, shared_choice
+from hf_camphive.training.precision import Batch, autocast, channels_last, choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ HEAD_LEARNING_RATE = 1e-3
 class TrainingLoaders(Protocol):
     """What training needs of `data.Loaders`."""
 
-    calibration: DataLoader
     train: DataLoader | None
     validation: DataLoader | None
 
@@ -151,16 +151,14 @@ def _train(
         return FinetuneLog((), "no", 0)
     _require_length(loaders.train)
     checkpoint = store.newest() if store and resume else None
-    precision = run.precision
-    if precision == "auto" and checkpoint is None:
-        precision = shared_choice(run.net, next(iter(loaders.calibration)), config, accelerator)
     set_seed(config.seed, device_specific=True)
 
     with keeping_modes(run.net):
-        job = _Trainer(run, loaders, config, accelerator, precision)
+        job = _Trainer(run, loaders, config, accelerator)
         try:
             if checkpoint is not None:
                 job.restore(store.load(checkpoint, job.fingerprint()))
+            logger.info("%s in %s", run.description, format_precision(job.precision))
             if run.keeps_zeros:
                 keep_zeros(job.optimizer.optimizer, run.parameters)
             while job.steps < job.total_steps:
@@ -181,9 +179,9 @@ class _Trainer:
         loaders: TrainingLoaders,
         config: CampHiVeConfig,
         accelerator: Accelerator,
-        precision: Precision,
     ):
-        self.run, self.config, self.accelerator, self.precision = run, config, accelerator, precision
+        self.run, self.config, self.accelerator = run, config, accelerator
+        self.precision = choose_precision(run.precision, accelerator.device)
         self.validation, self.generator = loaders.validation, loaders.train.generator
         run.net.to(accelerator.device, memory_format=torch.channels_last)
         if run.teacher is not None:

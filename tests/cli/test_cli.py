@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hf_camphive.hub.loading import load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from PIL import Image
 from support.brief import skip_folding, time_briefly
 from transformers import AutoModelForImageClassification
@@ -31,8 +29,11 @@ from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.measures import format_count, format_share
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
 from hf_camphive.hub import saving
+from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
+from hf_camphive.network import analysis
 from hf_camphive.network.footprint import count_macs
-from hf_camphive.runs import cycle, pruner
+from hf_camphive.runs import pruner
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
@@ -171,13 +172,13 @@ def test_datasets_that_lack_a_column(capsys, tables, folder, message):
 
 
 def test_a_network_without_anything_to_prune(capsys, monkeypatch):
-    real = steps.trace_network
+    real = analysis.trace_network
 
     def all_frozen(net, size):
         trace = real(net, size)
         return replace(trace, groups=tuple(replace(group, frozen="nothing reads it") for group in trace.groups))
 
-    monkeypatch.setattr(cycle, "trace_network", all_frozen)
+    monkeypatch.setattr(analysis, "trace_network", all_frozen)
     assert "no channel group of this network can be pruned" in refused(capsys)
 
 
@@ -219,7 +220,7 @@ def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
 
 
 def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
-    real = hub._put_in_place
+    real = saving._put_in_place
 
     def limited(temporary, folder):
         if folder.name == "small":

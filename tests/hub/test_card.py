@@ -188,6 +188,12 @@ def test_every_plot_has_a_caption(tmp_path):
     assert len(captions) == len(drawn) == 5 and all(caption != name for caption, name in captions)
 
 
+def test_the_precision_of_finetuning_is_told():
+    assert "- Finetuned in fp32 (`num_train_epochs=" in card().text
+    half = replace(REPORT, finetune={"epochs": [], "mixed_precision": "bf16", "steps": 10})
+    assert "- Finetuned in bf16 (`num_train_epochs=" in card(half).text
+
+
 def test_an_unchanged_cost_is_said_so():
     assert cells(card(replace(REPORT, stages=REPORT.stages[:1])).text, "Parameters") == ["11.69 M", "unchanged"]
 

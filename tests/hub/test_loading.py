@@ -11,10 +11,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, plans_to_json
 from hf_camphive.hub import loading as models
+from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification, resize, widths_of
+from hf_camphive.training.data.loaders import load_loaders
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"
 
@@ -215,11 +218,21 @@ def test_real_checkpoints(name, file, classes):
     )
 
 
-def test_the_bundled_network_is_there_and_complete():
-    base = models.load_base("digits_resnet")
-    assert (base.model_id, base.architecture, base.license) == ("digits_resnet", "digits_resnet", "apache-2.0")
+@pytest.mark.parametrize("name", models.BUNDLED)
+def test_a_bundled_network_is_there_and_its_card_true(name):
+    base = models.load_base(name)
+    assert (base.model_id, base.architecture, base.license) == (name, name, "apache-2.0")
     assert base.label_names == tuple("0123456789")
-    assert base.net.pretrained_cfg["input_size"] == (3, 16, 16) or base.net.pretrained_cfg["input_size"] == [3, 16, 16]
+    size = tuple(base.net.pretrained_cfg["input_size"])
+    card = (Path(__file__).parents[2] / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"resized to\n{size[1]}x{size[2]} and" in card and f"`python scripts/train_digits.py {name}`" in card
+    assert f"| parameters | {count_parameters(base.net):,} |" in card
+    assert f"(1 MAC = 2 FLOPs) | {count_macs(base.net, size):,} |" in card
+    loaders = load_loaders("digits", base.net, CampHiVeConfig(), workers=0)
+    for split, loader in (("validation", loaders.validation), ("test", loaders.test)):
+        with torch.no_grad():
+            right = sum((base.net(b["pixel_values"]).argmax(1) == b["labels"]).sum() for b in loader)
+        assert f"| top-1, {split} (300 images) | {right / 300:.2%} |" in card
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilenetv3_small_050", "convnext_atto"])

@@ -114,6 +114,7 @@ def is_embedding(net, name):
         ("cifar_resnet18", (512, 4, 4)),
         ("cifar_mobilenetv2", (1280, 4, 4)),
         ("digits_resnet", (64, 4, 4)),
+        ("digits_wide_resnet", (128, 8, 8)),
     ],
 )
 def test_resolution_is_kept_as_the_papers_keep_it(name, features):
@@ -138,9 +139,10 @@ def test_names_are_those_of_timm_and_the_shortcut_is_an_ordinary_convolution():
     assert torch.equal(conv(images), F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))
 
 
-def test_small_enough_for_the_demo():
-    net = timm.create_model("digits_resnet", device="meta")
-    assert sum(p.numel() for p in net.parameters()) * 4 < 2 * 2**20
+@pytest.mark.parametrize(("name", "most"), [("digits_resnet", 2e6), ("digits_wide_resnet", 4e6)])
+def test_small_enough_to_be_bundled(name, most):
+    folder = Path(cifar.__file__).parent / "assets" / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) < most
 
 
 def test_building_on_the_meta_device_touches_no_values():

@@ -15,20 +15,24 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hf_camphive.hub.loading import load_base
-from hf_camphive.hub.report import REPORT_FILE, PruneReport
+from accelerate.utils import gather_object
 from PIL import Image
 from support.brief import measure_briefly, skip_folding, time_briefly
 from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
 from torch import nn
 
 import hf_camphive
+from hf_camphive.core import runtime as launch
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputError, PlanError
+from hf_camphive.core.measures import Latency
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.hub import saving
+from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.pruning.merging.rules import MERGE_RULES
+from hf_camphive.pruning.polish import Polished
 from hf_camphive.pruning.scoring.criteria import CRITERIA
 from hf_camphive.runs import cycle, pruner
 from hf_camphive.runs.progress import IterationCheckpoint, load_progress, run_identity
@@ -135,6 +139,21 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
             pruned(config, work_dir=tmp_path / "work")
     resumed = pruned(config, work_dir=tmp_path / "work", resume=True)
     assert same_weights(resumed.net, whole.net) and resumed.stages == whole.stages
+
+
+def test_polishing_in_bf16_is_reported(monkeypatch):
+    asked = []
+
+    def remember(*arguments, precision, **options):
+        asked.append(precision)
+        return Polished(weights=0.5)
+
+    monkeypatch.setattr(cycle, "polish", remember)
+    config = replace(CONFIG, criterion="magnitude", merge="none", polish_steps=20)
+    notes = [pruned(replace(config, mixed_precision=precision)).log.notes[-1] for precision in ("auto", "bf16")]
+    assert asked == ["no", "bf16"]
+    assert notes[0].startswith("Polished without labels: the weights went 50%")
+    assert notes[1].startswith("Polished without labels, in bf16: the weights went 50%")
 
 
 def test_too_few_images_to_judge_by_leave_the_network_unpolished():
@@ -516,7 +535,7 @@ def test_a_fresh_run_in_the_folder_of_another_one_never_mixes_with_it(killed, tm
     other = load_base("digits_resnet")
     other.net.bn1.running_mean[0] += 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "save_folder", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+        patch.setattr(saving, "save_folder", lambda *a, **k: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             pruned(TWO_CYCLES, model=other, work_dir=work)
     assert load_progress(work, TWO_CYCLES, run_identity(other, digits(other.net, TWO_CYCLES).info)) is None
@@ -585,6 +604,27 @@ def test_only_the_main_process_writes_the_iteration(tmp_path):
 # Several processes
 
 
+class SecondOfTwo:
+    """An accelerator that says it is not the main process."""
+
+    is_main_process, process_index, num_processes = False, 1, 2
+
+    def __init__(self, accelerator):
+        self.device = accelerator.device
+
+
+def test_only_the_main_process_measures_latency(monkeypatch):
+    job = pruned(replace(CONFIG, criterion="magnitude", merge="none"))
+    measured = {name: {1: Latency(2.0, 1.0, 3.0, 9)} for name in ("dense", "pruned", "dense folded", "pruned folded")}
+    monkeypatch.setattr(launch, "broadcast_object_list", lambda objects: [measured], raising=False)
+    monkeypatch.setattr(pruner, "measure_latency", lambda *a: pytest.fail("measured beside the main process"))
+    monkeypatch.setattr(pruner, "fold", lambda *a: pytest.fail("folded what it does not measure"))
+    job.accelerator = SecondOfTwo(job.accelerator)
+    report = job._report(None, "", latency=True)
+    for stage in report.stages:
+        assert stage.footprint.latency_ms == stage.footprint.folded_ms == {1: Latency(2.0, 1.0, 3.0, 9)}
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -595,6 +635,7 @@ def test_two_processes_make_the_plan_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one = pruned(PARALLEL)
     two = load_base(str(tmp_path / "two"))
+    assert [path.name for path in tmp_path.glob("two-measured-*")] == ["two-measured-0"]
     assert two.plans == tuple(one.plans)
     for name, tensor in one.net.state_dict().items():
         assert torch.allclose(two.net.state_dict()[name].double(), tensor.double(), rtol=1e-3, atol=1e-4), name
@@ -603,7 +644,15 @@ def test_two_processes_make_the_plan_of_one(tmp_path):
 PARALLEL = replace(CONFIG, calibration_size=300, cycles=2)
 
 if __name__ == "__main__":
-    pruner.measure_latency = measure_briefly
+    rank = os.environ["RANK"]
+
+    def measure(*arguments):
+        Path(f"{sys.argv[1]}-measured-{rank}").touch()
+        return measure_briefly(*arguments)
+
+    pruner.measure_latency = measure
     job = pruned(PARALLEL, work_dir=Path(sys.argv[1] + "-work"))
     assert job.accelerator.num_processes == 2
+    first, second = gather_object([job.report.stages])
+    assert first == second
     job.save_pretrained(sys.argv[1])

@@ -59,14 +59,12 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Loaders:
-    calibration: DataLoader
     train: DataLoader
     validation: DataLoader | None
 
 
 def loaders(rows=50, batch=8, jitter=False, validation=20):
     return Loaders(
-        DataLoader(Images(21, seed=3), batch_size=8),
         DataLoader(Images(rows, jitter), batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(7)),
         DataLoader(Images(validation, seed=2), batch_size=8) if validation else None,
     )

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from accelerate.state import GradientState
 from support.training import (
     CLASSES,
     CONFIG,
-    SIZE,
     Images,
     Net,
     accuracy_by_hand,
@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader
 
 from hf_camphive.core.errors import ConfigError, DataError, TrainingError
 from hf_camphive.core.runtime import make_accelerator
-from hf_camphive.training import precision as precisions
+from hf_camphive.training import finetuning as training
 from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
 from hf_camphive.training.finetuning import finetune, train_head
 from hf_camphive.training.optimization import classification_loss, warmup_cosine
-from hf_camphive.training.precision import choose_precision
+from hf_camphive.training.precision import choose_precision, polish_precision
 
 # ---- loss and schedule
 
@@ -301,35 +301,45 @@ def test_only_the_head_learns(accelerator):
 # ---- precision
 
 
-def fake_clock(monkeypatch, bf16: float):
-    calls = []
+class SlowInFp32(Net):
+    """A network that is faster in bf16, as some are on some processors."""
 
-    def seconds(net, batch, precision):
-        calls.append((precision, len(batch["labels"])))
-        return 1.0 if precision == "no" else bf16
-
-    monkeypatch.setattr(precisions, "_step_seconds", seconds)
-    return calls
+    def forward(self, x):
+        if not torch.is_autocast_enabled("cpu"):
+            time.sleep(0.02)
+        return super().forward(x)
 
 
-@pytest.mark.parametrize(("bf16", "choice"), [(0.25, "bf16"), (0.95, "no"), (11.0, "no")])
-def test_the_faster_precision_is_chosen(monkeypatch, bf16, choice):
-    calls = fake_clock(monkeypatch, bf16)
-    batch = {"pixel_values": torch.randn(40, 3, SIZE, SIZE), "labels": torch.zeros(40, dtype=torch.long)}
-    found, seconds = choose_precision(Net(), batch, torch.device("cpu"))
-    assert (found, seconds) == (choice, {"no": 1.0, "bf16": bf16})
-    assert {rows for _, rows in calls} == {16}
-    assert sum(precision == "bf16" for precision, _ in calls) == (1 if bf16 > 4 else 4)
-
-
-def test_auto_probes_without_touching_anything(accelerator, monkeypatch):
-    net, expected = Net(), Net()
+def test_auto_is_fp32_on_the_cpu_whatever_is_faster(accelerator, caplog):
+    net, expected = SlowInFp32(), Net()
     finetune(expected, loaders(), CONFIG, accelerator)
-    monkeypatch.setattr(precisions, "MAX_SHARE_OF_FP32", 0.0)
-    log = finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator)
+    with caplog.at_level("INFO", "hf_camphive"):
+        log = finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator)
     assert log.mixed_precision == "no" and same(net, expected)
-    monkeypatch.setattr(precisions, "MAX_SHARE_OF_FP32", math.inf)
-    assert finetune(net, loaders(), replace(CONFIG, mixed_precision="auto"), accelerator).mixed_precision == "bf16"
+    assert "Finetune in fp32" in caplog.text
+
+
+@pytest.mark.parametrize(("native", "found"), [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_where_a_gpu_has_it(monkeypatch, native, found):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert choose_precision("auto", torch.device("cuda")) == found
+    assert choose_precision("auto", torch.device("cpu")) == choose_precision("auto", torch.device("mps")) == "no"
+    for asked in ("no", "bf16", "fp16"):
+        assert choose_precision(asked, torch.device("cuda")) == choose_precision(asked, torch.device("cpu")) == asked
+
+
+def test_a_resumed_run_keeps_its_precision(accelerator, tmp_path, monkeypatch):
+    config = replace(CONFIG, mixed_precision="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "choose_precision", lambda asked, device: "bf16")
+        interrupted(Net(), config, accelerator, tmp_path, 1, monkeypatch)
+    log = finetune(Net(), loaders(jitter=True), config, accelerator, Net(), tmp_path, resume=True)
+    assert log.mixed_precision == "bf16"
+
+
+def test_polishing_is_in_fp32_unless_bf16_is_asked_for():
+    found = {asked: polish_precision(asked) for asked in ("auto", "no", "fp16", "bf16")}
+    assert found == {"auto": "no", "no": "no", "fp16": "no", "bf16": "bf16"}
 
 
 # ---- two processes

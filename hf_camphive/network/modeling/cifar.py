@@ -1,4 +1,4 @@
-"""Networks for small images, registered in timm: the ResNets of He et al. for CIFAR, and two companions.
+"""Networks for small images, registered in timm: the ResNets of He et al. for CIFAR, and companions.
 
 Self-contained (torch and timm only): a copy of this file is shipped inside saved folders as remote code.
 """
@@ -103,12 +103,14 @@ _RESNETS: dict[str, dict[str, Any]] = {
 }
 _RESNETS["cifar_resnet18"] = {"layers": (2, 2, 2, 2), "widths": (64, 128, 256, 512), "option_a": False}
 _RESNETS["digits_resnet"] = {"layers": (3, 3, 3), "widths": (16, 32, 64), "option_a": False}
+_RESNETS["digits_wide_resnet"] = {"layers": (2, 2, 2), "widths": (32, 64, 128), "option_a": False}
 
 default_cfgs = generate_default_cfgs(
     {name: _config(pool_size=(8, 8) if spec["option_a"] else (4, 4)) for name, spec in _RESNETS.items()}
     | {
         "cifar_mobilenetv2": _config(pool_size=(4, 4), first_conv="conv_stem", classifier="classifier"),
         "digits_resnet": _config(pool_size=(4, 4), input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3),
+        "digits_wide_resnet": _config(pool_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3),
     }
 )
 

@@ -1,5 +1,6 @@
 """Experiments that prove, group by group, that the traced coupling is right before anything is cut."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot
-from hf_camphive.core.runtime import is_out_of_memory
-from hf_camphive.network.graph.program import named_tensors
+from hf_camphive.core.runtime import float64_device, is_out_of_memory, to_float64
+from hf_camphive.network.graph.program import TracedProgram, export_graph, named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, apply_plan, mask_slot
 
@@ -22,11 +23,13 @@ def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Tr
     each group tried alone. Then random channels of all groups, and of some, are cut at once: the network's own code must go along.
     """
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
-    state = _randomised(net, generator)
+    graph, state = trace.graph, _randomised(net, generator)
     image = torch.randn(1, *trace.input_size, generator=generator, dtype=torch.float64)
-    image = image.to(next(net.parameters()).device)
-    if not _merge_is_lossless(trace, free, state, image, generator):
-        bad = {group.name for group in free if not _merge_is_lossless(trace, [group], state, image, generator)}
+    image = image.to(device := float64_device(next(net.parameters()).device))
+    if device != next(net.parameters()).device:  # a traced graph stays on the device that it was traced on
+        graph = export_graph(copy.deepcopy(net).to(device), trace.input_size)
+    if not _merge_is_lossless(graph, free, state, image, generator):
+        bad = {group.name for group in free if not _merge_is_lossless(graph, [group], state, image, generator)}
         trace = _frozen(
             trace, dict.fromkeys(bad, "merging two equal channels moved the output: its coupling is not understood")
         )
@@ -78,16 +81,16 @@ def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict
 
 def _randomised(net: nn.Module, generator: torch.Generator) -> State:
     """A float64 state in which every vector differs from zero, so that no path is silent (zero-initialised norms)."""
-    state = {}
+    state, device = {}, float64_device(next(net.parameters()).device)
     for name, tensor in named_tensors(net).items():
         if tensor.is_floating_point() and tensor.dim() == 1:
-            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-        state[name] = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+            tensor = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(device)
+        state[name] = to_float64(tensor.detach()) if tensor.is_floating_point() else tensor.detach().to(device)
     return state
 
 
 def _merge_is_lossless(
-    trace: Trace, groups: list[ChannelGroup], state: State, image: Tensor, generator: torch.Generator
+    graph: TracedProgram, groups: list[ChannelGroup], state: State, image: Tensor, generator: torch.Generator
 ) -> bool:
     state = dict(state)
     pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
@@ -100,7 +103,7 @@ def _merge_is_lossless(
         for slot in group.slots if group not in linear else ():
             mask_slot(state, slot, slot.positions([pairs[group.name][1]], group.size))
     with torch.no_grad():
-        (before,) = trace.graph.run(state, image)
+        (before,) = graph.run(state, image)
         for slot, kept, removed in _pair_slots(linear, pairs, image.device, "consumer"):
             tensor = state[slot.tensor].clone()
             tensor.index_add_(slot.axis, kept, tensor.index_select(slot.axis, removed))
@@ -110,7 +113,7 @@ def _merge_is_lossless(
             tensor = state[slot.tensor].clone()
             tensor.index_fill_(slot.axis, removed, 7.0)
             state[slot.tensor] = tensor
-        (after,) = trace.graph.run(state, image)
+        (after,) = graph.run(state, image)
     return bool((after - before).abs().max() <= 1e-8 * before.abs().max().clamp_min(1e-300))
 
 

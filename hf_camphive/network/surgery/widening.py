@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelGroup, Slot
+from hf_camphive.core.runtime import float64_device, to_float64
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.modeling.modeling_camphive import shortcuts_of
@@ -197,20 +198,18 @@ def _split(tensor: Tensor, axis: int, blocks: Mapping[int, tuple[int, list[float
         position += length
     split = tensor.detach().index_select(axis, torch.tensor(order, device=tensor.device))
     if scaled:
-        factors = torch.tensor(scale, dtype=torch.float64, device=tensor.device)
-        split = (split.double() * factors.view([-1 if i == axis else 1 for i in range(split.dim())])).to(tensor.dtype)
+        exact = to_float64(split)
+        factors = torch.tensor(scale, dtype=torch.float64, device=exact.device)
+        split = (exact * factors.view([-1 if i == axis else 1 for i in range(split.dim())])).to(split)
     return split
 
 
 def _same_function(net: nn.Module, wide: nn.Module, input_size: tuple[int, int, int]) -> bool:
     """Whether two networks agree on a random image, in float64; the weights are those of the wide one's own precision."""
     example = next(net.parameters())
-    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(example.device)
+    device = float64_device(example.device)
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device).double()
     with torch.no_grad():
-        a, b = (_double(each)(image.double()) for each in (net, wide))
+        a, b = (copy.deepcopy(each).to(device).double().eval()(image) for each in (net, wide))
     rounding = max(_TOLERANCE, 1e3 * torch.finfo(example.dtype).eps)
     return bool((a - b).abs().max() <= rounding * a.abs().max().clamp_min(1e-300))
-
-
-def _double(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).double().eval()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_camphive.core.errors import ReconstructionError
-from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.core.runtime import ALONE, Workers, float64_device
 
 RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding is overcome below 1e-6
@@ -13,23 +13,24 @@ LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding
 class NormalEquations:
     """X^T X and X^T E of one fit, [groups, d, d] and [groups, d, C_out / groups], accumulated in float64.
 
-    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen. `layer` names the fit in
-    errors.
+    Some batches are held out, to choose the ridge by what helps on images that the fit has not seen. The rows are on `device`,
+    the sums where it has float64 (`float64_device`). `layer` names the fit in errors.
     """
 
     def __init__(
         self, groups: int, unknowns: int, outputs: int, device: torch.device | str = "cpu", layer: str = "a layer"
     ) -> None:
         shape = (2, groups, unknowns, unknowns + outputs)  # fitted and held out; X^T [X, E]
-        self.products = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(2, dtype=torch.float64, device=device)
+        exact = {"dtype": torch.float64, "device": float64_device(torch.device(device))}
+        self.products = torch.zeros(shape, **exact)
+        self.rows = torch.zeros(2, **exact)
         self.layer = layer
 
     def add(self, rows: Tensor, errors: Tensor, held_out: bool) -> None:
         """Add rows [groups, n, d] and what the present weights leave unexplained, [groups, n, C_out / groups]."""
         self.rows[int(held_out)] += rows.shape[1]
         for some, rest in zip(rows.split(8192, dim=1), errors.split(8192, dim=1)):  # float32 sums stay short
-            self.products[int(held_out)] += some.mT @ torch.cat([some, rest], dim=2)
+            self.products[int(held_out)] += (some.mT @ torch.cat([some, rest], dim=2)).to(self.products.device)
 
     def solve(self, ridge: float, workers: Workers = ALONE) -> tuple[Tensor, Tensor]:
         """The change of the weights, [groups, C_out / groups, d - 1], and of the constant, [groups, C_out / groups].

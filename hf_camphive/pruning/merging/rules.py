@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.core.plan import PrunePlan, Slot
+from hf_camphive.core.runtime import to_float64
 from hf_camphive.network.graph.program import operation, weight_of
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
@@ -173,7 +174,7 @@ def _moments(task: MergeTask, layers: set[fx.Node]) -> dict[fx.Node, tuple[Tenso
                 rows = x.movedim(1, -1) if operation(layer) == "conv2d" else x
                 rows = rows.reshape(-1, rows.shape[-1])
                 rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-                sums[layer] = sums.get(layer, 0) + sum((part.mT @ part).double() for part in rows.split(8192))
+                sums[layer] = sums.get(layer, 0) + sum(to_float64(part.mT @ part) for part in rows.split(8192))
     moments = {}
     for layer, total in sums.items():
         total = task.workers.sum(total).cpu()
@@ -202,7 +203,7 @@ def _mixed(weight: Tensor, slot: Slot, rows: Tensor, constant: Tensor) -> tuple[
     index = torch.tensor(slot.index).view(len(rows), -1)
     weight, extra = weight.clone(), torch.zeros(weight.shape[0], dtype=torch.float64)
     for positions in index.T:
-        columns = weight[:, positions].double()
+        columns = weight[:, positions].cpu().double()
         weight[:, positions] += torch.einsum("os...,st->ot...", columns, rows).to(weight)
         extra += columns.flatten(2).sum(2) @ constant if columns.dim() > 2 else columns @ constant
     return weight, extra

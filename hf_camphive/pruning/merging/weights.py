@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hf_camphive.core.runtime import to_float64
 from hf_camphive.pruning.scoring.context import ScoringContext
 from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
 
@@ -37,9 +38,9 @@ def merge_weights(weight: Tensor, scores: Tensor, sparsity: float, coefficient: 
     """
     size = weight.numel()
     gone = min(int(sparsity * size), size - 1)
-    order = scores.to(weight.device).flatten().argsort(descending=True, stable=True)
+    flat = to_float64(weight.detach()).flatten()
+    order = scores.to(flat.device).flatten().argsort(descending=True, stable=True)
     kept, removed = order[: size - gone], order[size - gone :]
-    flat = weight.detach().double().flatten()
     merged = flat.index_add(0, kept[torch.arange(gone, device=kept.device) % len(kept)], coefficient * flat[removed])
     return merged.index_fill(0, removed, 0).view(weight.shape).to(weight)
 

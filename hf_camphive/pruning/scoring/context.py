@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.core.runtime import ALONE, Workers
+from hf_camphive.core.runtime import ALONE, Workers, to_float64
 from hf_camphive.curvature.cotangents import curvature_cotangent, label_cotangent
 from hf_camphive.curvature.eigensolvers import SolverCheckpoint
 from hf_camphive.curvature.gates import GatedNetwork, GateSpace
@@ -66,7 +66,7 @@ class ScoringContext:
     def label_gradients(self, description: str) -> Iterator[Tensor]:
         """Yield gate gradients [N, S] of each image's own cross-entropy at its true label, in float64, batch by batch."""
         for images, labels, _ in self.batches(description):
-            yield self.network.gradients(images, partial(label_cotangent, labels=labels)).double()
+            yield to_float64(self.network.gradients(images, partial(label_cotangent, labels=labels)))
 
     def signs(self) -> Tensor:
         """Draw random signs for each class of each calibration image of all processes, [N, K].
@@ -85,7 +85,7 @@ class ScoringContext:
         signs = self.signs()
         for images, _, indices in self.batches(description):
             cotangent = partial(curvature_cotangent, signs=signs[indices.cpu()].to(images.device))
-            yield self.network.gradients(images, cotangent).double()
+            yield to_float64(self.network.gradients(images, cotangent))
 
     def curvature_batches(self) -> tuple[list[Batch], int]:
         """Return this process's share of the first `curvature_images` images and labels, and their number over all processes."""

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_camphive.core.runtime import to_float64
 from hf_camphive.curvature.cotangents import curvature_cotangent
 from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_iteration
 from hf_camphive.curvature.operators import Curvature, factored_curvature, gate_curvature
@@ -121,12 +122,12 @@ def _merge_sums(
             for name, m, s in consumer_products(context.network, names, images, cotangent):
                 if name not in products:
                     products[name] = m.new_zeros(rows[name], *m.shape[1:])
-                    seconds[name] = torch.zeros_like(s, dtype=torch.float64)
+                    seconds[name] = to_float64(torch.zeros_like(s))
                 products[name].index_add_(0, indices.to(m.device) % rows[name], m)
-                seconds[name] += s
+                seconds[name] += s.to(seconds[name].device)
             if of_gates:
                 gradients = context.network.gradients(images, cotangent)
-                removal.index_add_(0, indices.cpu() % of_gates, gradients.double().cpu())
+                removal.index_add_(0, indices.cpu() % of_gates, gradients.cpu().double())
     return products, seconds, context.workers.sum(removal)
 
 

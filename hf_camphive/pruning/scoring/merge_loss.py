@@ -12,6 +12,7 @@ from math import inf, nextafter
 import torch
 from torch import Tensor, fx
 
+from hf_camphive.core.runtime import to_float64
 from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
@@ -87,14 +88,15 @@ def merge_moves(products: Tensor, second: Tensor, ridge: float = RIDGE) -> tuple
     """
     count = products.shape[1]
     moves, order = torch.zeros(count, len(products), dtype=torch.float64), []
-    second = second.double() / second[-1, -1].double().clamp_min(1e-300)
+    second = to_float64(second)
+    second = second / second[-1, -1].clamp_min(1e-300)
     damping = (ridge * second.diagonal()[:-1].mean()).clamp_min(1e-12) * torch.ones(count + 1).to(second)
     damping[-1] = 0  # the constant is not damped
     precision = torch.linalg.inv(second + torch.diag(damping))
     left = torch.arange(count)
     while len(left):
         coefficients = precision[:-1] / precision.diagonal()[:-1, None]  # 1 at s, -b_st elsewhere
-        moved = torch.einsum("nst,st->ns", products, coefficients.to(products)).double()
+        moved = to_float64(torch.einsum("nst,st->ns", products, coefficients.to(products)))
         going = moved.square().sum(0).cpu().argsort(stable=True)[: -(-len(left) // ROUND)]
         moves[left[going]] = moved.cpu()[:, going].T
         order.append(left[going])

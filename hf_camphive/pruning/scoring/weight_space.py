@@ -73,7 +73,7 @@ def dominant_eigenvector(context: ScoringContext) -> dict[str, Tensor]:
     )
     if not found.converged:
         logger.warning("eigenvector in weight space: %s (power_steps, power_tolerance)", found.verdict)
-    return _split(found.vectors[:, 0].double().cpu(), weights)
+    return _split(found.vectors[:, 0].cpu().double(), weights)
 
 
 def weight_product(context: ScoringContext) -> Product:
