@@ -1,11 +1,11 @@
 """Trials: plan, merge and cut a copy of the network on some of the calibration images, judged by images held out of it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import to_float64
@@ -50,11 +50,16 @@ class Trial:
         def loss(weight: float) -> float:
             task = replace(self.task, plan=plan_for(weight), images=some.images)
             net = apply_plan(self.net, task.plan, task.trace, merge(task))
-            total = torch.zeros(1, dtype=torch.float64)
-            for images, target in zip(judges.images, targets):
-                total += torch.linalg.vector_norm(to_float64(net(images) - target), dim=1).sum().cpu()
-            mean = float(task.workers.sum(total)) / judges.total
+            mean = float(task.workers.sum(distance(net, judges.images, targets))) / judges.total
             logger.info("Trial with early weight %g: logits are %.4g from the dense network's", weight, mean)
             return mean
 
         return best_early_weight(loss), judges.total
+
+
+def distance(net: nn.Module, batches: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Return the sum over images of ||net(image) - target||, [1] in float64, for batches of images and of logits."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for images, target in zip(batches, targets):
+        total += torch.linalg.vector_norm(to_float64(net(images) - target), dim=1).sum().cpu()
+    return total

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.no_float64 import DEVICE, imitated, there
 from support.plans import plan_with
-from support.scoring import evidence
+from support.scoring import context, with_state
 from support.toys import ToyResNet, images, randomise
 from test_polish import calibration, held_out
 
@@ -21,10 +21,11 @@ from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.network.surgery.widening import expand
 from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
+from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.merging.weights import merge_weights
-from hf_camphive.pruning.polish import polish
+from hf_camphive.pruning.polish import PolishOptions, polish
 from hf_camphive.pruning.scoring.criteria import CRITERIA
-from hf_camphive.runs.cycle import _distance
+from hf_camphive.pruning.trials import distance
 from hf_camphive.training.data.calibration import Calibration
 
 FUNCTIONAL = (
@@ -70,21 +71,24 @@ def test_merging(rule):
     plan = plan_with(trace, {"block1.conv1": (0, 2, 3), "block2.conv1": (1, 2, 3, 4)})
     plan = with_pairs(replace(plan, merge=rule), scores)
     batches = [images(6).float(), images(5, seed=1).float()]
-    expected = merge(state, plan, trace, batches, CampHiVeConfig())
+    expected = merge(MergeTask(state, plan, trace, batches))
     with imitated():
-        found = merge(there(state), plan, trace, there(batches), CampHiVeConfig())
+        found = merge(MergeTask(there(state), plan, trace, there(batches)))
         assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA.keys() - set(FUNCTIONAL)))
 def test_criteria(name):
-    subject = evidence()
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in subject.state.items()}
-    subject = replace(subject, state=state, images=tuple(batch.float() for batch in subject.images))
+    subject = context()
+    given, images = subject.analysis.state, subject.calibration.images
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in given.items()}
+    calibration = replace(subject.calibration, images=tuple(batch.float() for batch in images))
+    subject = replace(with_state(subject, state), calibration=calibration)
     expected = CRITERIA[name](subject)
     with imitated():
-        placed = {key: there(getattr(subject, key)) for key in ("state", "images", "labels", "indices")}
-        found = CRITERIA[name](replace(subject, **placed))
+        placed = {key: there(getattr(calibration, key)) for key in ("images", "labels", "indices")}
+        moved = replace(with_state(subject, there(state)), calibration=replace(calibration, **placed))
+        found = CRITERIA[name](moved)
         assert found.keys() == expected.keys()
         for group, values in found.items():
             torch.testing.assert_close(
@@ -112,7 +116,7 @@ def test_judging_trials():
     with torch.no_grad():
         logits = torch.cat([net(batch).double() for batch in batches]) - torch.cat(targets)
         with imitated():
-            found = _distance(net.to(DEVICE), there(batches), there(targets))
+            found = distance(net.to(DEVICE), there(batches), there(targets))
     torch.testing.assert_close(found, logits.norm(dim=1).sum()[None], rtol=1e-6, atol=0)
 
 
@@ -132,12 +136,12 @@ def test_polishing():
     some = [
         Calibration(tuple(x.float() for x in each.images), *each_rest(each)) for each in (calibration(), held_out())
     ]
-    expected = polish(copied := copy.deepcopy(net), dense, *some, 6)
+    expected = polish(copied := copy.deepcopy(net), dense, *some, PolishOptions(6))
     assert expected.weights
     with imitated():
         net.to(DEVICE), dense.to(DEVICE)
         some = [Calibration(there(each.images), *each_rest(each)) for each in some]
-        assert polish(net, dense, *some, 6) == expected
+        assert polish(net, dense, *some, PolishOptions(6)) == expected
         torch.testing.assert_close(net.head.weight.detach().cpu(), copied.head.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
