@@ -12,7 +12,7 @@ from networks import NETWORKS, loaders_of
 from torch import Tensor, nn
 
 from hf_camphive import load_base
-from hf_camphive.curvature.gates import gate_space
+from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.curvature.operators import Curvature, gate_curvature, network_curvature
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace, trace_network
@@ -56,7 +56,7 @@ class Case:
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.state.items()
         }
         batches = [(self.images.to(dtype), self.labels)]
-        return gate_curvature(self.trace, state, gate_space(self.trace, state), batches, matrix)
+        return gate_curvature(GatedNetwork(self.trace, state), batches, matrix)
 
     def weight_curvature(self, matrix: str = "hessian") -> Curvature:
         """H or J^T R J over all weights, the images in one batch."""

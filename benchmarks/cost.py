@@ -54,9 +54,9 @@ def cost(name: str, data: Path, threads: int) -> dict:
     return {
         "calibration_images": calibration.total,
         "fewer_macs": count_macs(base.net, pruner.input_size) / count_macs(pruner.net, pruner.input_size),
-        "seconds": {step: round(pruner.seconds[step], 1) for step in STEPS},
+        "seconds": {step: round(pruner.log.seconds[step], 1) for step in STEPS},
         "peak_bytes": {"to the cut": to_cut, "with the polish": resident_bytes("VmHWM")},
-        "notes": pruner.notes,
+        "notes": pruner.log.notes,
         "environment": environment(),
     }
 

@@ -35,10 +35,11 @@ from peers import (
 from torch import Tensor, distributed
 
 from hf_camphive import CampHiVeConfig
-from hf_camphive.core.runtime import environment, keep_freed_memory
-from hf_camphive.curvature.eigensolvers import lanczos, power_iteration
+from hf_camphive.core.runtime import Workers, environment, keep_freed_memory
+from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_iteration
 from hf_camphive.curvature.operators import Curvature
 from hf_camphive.hub.plots import BLUE, DPI, GREY, INK, ORANGE
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
 from hf_camphive.training.data.calibration import Calibration
 
@@ -212,7 +213,7 @@ def eigenpair(options: Options) -> dict:
 def _solve(solver: Callable, matrix: Curvature, most: int, device: str):
     generator = torch.Generator().manual_seed(SEED)
     matrix = replace(matrix)  # holds nothing yet
-    return solver(matrix, matrix.size, 1, steps=most, tolerance=TOLERANCE, generator=generator, device=device)
+    return solver(matrix, matrix.size, 1, SolverOptions(most, TOLERANCE, generator, device=device))
 
 
 def scores(options: Options) -> dict:
@@ -274,7 +275,8 @@ def hive(case: Case, **options) -> dict[str, Tensor]:
     rows = [{"pixel_values": case.images, "labels": case.labels}]
     calibration = Calibration.collect(rows, case.images.device)
     config = CampHiVeConfig(criterion="hive", curvature_images=len(case.images), **options)
-    return CRITERIA["hive"](ScoringContext(case.trace, case.state, **vars(calibration), config=config))
+    analysis = NetworkAnalysis(case.trace, case.state, frozenset(name for name, _ in case.net.named_parameters()))
+    return CRITERIA["hive"](ScoringContext(analysis, calibration, config))
 
 
 def block(options: Options) -> dict:
@@ -374,14 +376,17 @@ def _share(rank: int, case: Case, rounds: int, folder: str) -> None:
     keep_freed_memory()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
-    def reduced(tensor: Tensor) -> Tensor:
-        distributed.all_reduce(tensor)
-        return tensor
+    class Both(Workers):
+        """Both processes, without an `Accelerator`."""
+
+        def sum(self, tensor: Tensor) -> Tensor:
+            distributed.all_reduce(tensor)
+            return tensor
 
     alone = case.gate_curvature()
     images, labels = (half[rank::2].contiguous() for half in (case.images, case.labels))
     mine = replace(case, images=images.contiguous(memory_format=torch.channels_last), labels=labels)
-    shared = replace(mine.gate_curvature(), total=len(case.images), reduce=reduced)
+    shared = replace(mine.gate_curvature(), total=len(case.images), workers=Both())
     vector = case.direction(alone)
     torch.testing.assert_close(shared(vector), alone(vector), rtol=1e-5, atol=1e-6 * float(alone(vector).abs().max()))
     times: Seconds = {"one process": [], "two processes": []}

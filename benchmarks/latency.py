@@ -35,13 +35,12 @@ from torch import nn
 from hf_camphive import CampHiVeConfig, CampHiVePruner
 from hf_camphive.core.plan import Budget
 from hf_camphive.core.runtime import environment, keep_freed_memory, make_accelerator
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.footprint import count_macs, count_parameters, measure_latency
-from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
-from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.folding import fold
-from hf_camphive.pruning.planning.latency.prediction import latency_parts
+from hf_camphive.pruning.planning.costs import CostModel
+from hf_camphive.pruning.planning.latency.prediction import LatencyRequest, latency_terms
 from hf_camphive.pruning.planning.latency.timing import LatencyTable
-from hf_camphive.pruning.planning.limits import floors
 from hf_camphive.pruning.scoring.criteria import Scores
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import evaluate_accuracy, recalibrate_batchnorm
@@ -158,15 +157,15 @@ def pruned(job: Job, data: Path) -> tuple[nn.Module, dict]:
         config = CampHiVeConfig(**{"num_train_epochs": 0, "polish_steps": 0, **job.options})
         pruner = CampHiVePruner(base, config)
         calibration, scores, seconds_to_score = scored(data, config.scored_by)
-        plan = pruner.plan(calibration, scores=scores)
+        plan = pruner.cycle.plan(calibration, scores=scores)
         net = pruner.apply(plan, calibration)
         if config.label_free_steps:
             net = pruner.polish(calibration)
-        pruner.seconds["score"] = seconds_to_score
+        pruner.log.seconds["score"] = seconds_to_score
         extra = {
             "budgets": [vars(budget) for budget in plan.budgets],
             "dropped": len(plan.dropped),
-            "seconds_by_step": {step: round(seconds, 1) for step, seconds in pruner.seconds.items()},
+            "seconds_by_step": {step: round(seconds, 1) for step, seconds in pruner.log.seconds.items()},
         }
     else:
         net = base.net
@@ -186,7 +185,7 @@ def scored(data: Path, criterion: str) -> tuple[Calibration, Scores, float]:
     calibration = Calibration.collect(loaders_of(NETWORK, data, 0).calibration)
     pruner = CampHiVePruner(base_of(NETWORKS[NETWORK], data), CampHiVeConfig(num_train_epochs=0, criterion=criterion))
     pruner.plan(calibration)
-    return calibration, pruner.scores, pruner.seconds["score"]
+    return calibration, pruner.scores, pruner.log.seconds["score"]
 
 
 def test_accuracy(net: nn.Module, data: Path) -> float:
@@ -234,13 +233,12 @@ def timed(engine: str, nets: dict[str, nn.Module], threads: int, seconds: float)
 def block_times(data: Path) -> dict[str, dict[str, float]]:
     """{block: {channels inside: ms}} of a residual block of each stage, folded, at batch 32, by the table that plans read."""
     net = base_of(NETWORKS[NETWORK], data).net.eval()
-    trace = trace_network(net, SIZE)
-    branches = droppable_branches(trace)
-    floor = floors(trace.groups, branches, exterior_groups(trace), {}, CampHiVeConfig())
-    parts = latency_parts(net, trace, branches, floor, LatencyTable(), batch=32, folded=True, step=8)
-    sizes = {group.name: group.size for group in trace.groups}
+    analysis = NetworkAnalysis.of(net, SIZE)
+    floor = CostModel.of(analysis).floors(CampHiVeConfig())
+    parts = latency_terms(net, analysis, LatencyTable(), LatencyRequest(floor, batch=32, folded=True, step=8))
+    sizes = {group.name: group.size for group in analysis.groups}
     times = {}
-    for branch in {branch.module.split(".")[0]: branch for branch in branches}.values():
+    for branch in {branch.module.split(".")[0]: branch for branch in analysis.branches}.values():
         (inside,) = branch.gates
         times[branch.module] = {
             str(kept): sum(part.at(sizes | {inside: kept}, ()) for part in parts if part.branch == branch.module)
