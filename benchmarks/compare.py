@@ -25,7 +25,7 @@ from hf_camphive import CampHiVeConfig, load_loaders
 from hf_camphive.core.errors import CampHiVeError
 from hf_camphive.core.runtime import keep_freed_memory
 from hf_camphive.pruning.merging.rules import MERGE_RULES
-from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.runs.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.runs.results import Cell, Results, Summary, by_ratio
 
@@ -46,7 +46,7 @@ def ablation(network: Network) -> tuple[Cell, ...]:
     if network.ablated_at is None:
         return ()
     ratio, size = [network.ablated_at], network.calibration_size
-    rules = grid(CRITERIA, MERGE_RULES, ratio, calibration_sizes=[size])
+    rules = grid(SCORERS, MERGE_RULES, ratio, calibration_sizes=[size])
     default = [DEFAULT.scored_by], [DEFAULT.merge]
     return (*rules, *grid(*default, ratio, cycles=[1, 2, 4], calibration_sizes=[size // 4, size, 4 * size]))
 
@@ -125,7 +125,7 @@ def section(folder: Path, kept: Results) -> Iterable[str]:
     if network and network.ablated_at:
         at = [summary for summary in summaries if summary.cell.ratio == network.ablated_at]
         usual = [s for s in at if (s.cell.cycles, s.cell.calibration_size) == (1, network.calibration_size)]
-        usual = [summary for summary in usual if summary.cell.method in CRITERIA]
+        usual = [summary for summary in usual if summary.cell.method in SCORERS]
         yield f"Criterion x merge rule at {network.ablated_at:g}x, {network.calibration_size:,} images, one cycle:\n"
         yield matrix(usual, "method", "merge")
         default = [s for s in at if (s.cell.method, s.cell.merge) == (DEFAULT.scored_by, DEFAULT.merge)]

@@ -40,7 +40,7 @@ from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_ite
 from hf_camphive.curvature.operators import Curvature
 from hf_camphive.hub.plots import BLUE, DPI, GREY, INK, ORANGE
 from hf_camphive.network.analysis import NetworkAnalysis
-from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
+from hf_camphive.pruning.scoring.criteria import SCORERS, ScoringContext
 from hf_camphive.training.data.calibration import Calibration
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -276,7 +276,7 @@ def hive(case: Case, **options) -> dict[str, Tensor]:
     calibration = Calibration.collect(rows, case.images.device)
     config = CampHiVeConfig(criterion="hive", curvature_images=len(case.images), **options)
     analysis = NetworkAnalysis(case.trace, case.state, frozenset(name for name, _ in case.net.named_parameters()))
-    return CRITERIA["hive"](ScoringContext(analysis, calibration, config))
+    return SCORERS["hive"](ScoringContext(analysis, calibration, config))
 
 
 def block(options: Options) -> dict:

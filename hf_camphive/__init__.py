@@ -25,6 +25,7 @@ _HOMES = {
     "from_pretrained": "hf_camphive.hub.loading",
     "load_base": "hf_camphive.hub.loading",
     "load_loaders": "hf_camphive.training.data.loaders",
+    "register_criterion": "hf_camphive.pruning.scoring.criteria",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

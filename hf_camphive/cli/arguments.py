@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
+from hf_camphive.core.config import CampHiVeConfig, choices
 from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.methods import PRESETS
 
 BUNDLED_MODEL = "digits_resnet"
 
@@ -45,17 +47,6 @@ class DataArguments:
     max_train_samples: int | None = _option(None, "Use at most so many training images.")
     max_eval_samples: int | None = _option(None, "Use at most so many validation and test images.")
     dataloader_num_workers: int | None = _option(None, "Loading processes of each loader.")
-
-
-@dataclass
-class RecipeArguments:
-    """Where the options below start from."""
-
-    preset: Literal[
-        "default", "camphive-paper", "camphive-paper-weights", "hap", "sosp-h", "sosp-i", "group-fisher"
-    ] = _option(
-        "default", "Recipe: sets several of the options below (docs/method.md); those given beside it override it."
-    )
 
 
 @dataclass
@@ -136,11 +127,25 @@ def parse(command: Callable[..., Any], arguments: Sequence[str], *kinds: type) -
     return tuple(parsed)
 
 
-def settings_of(config: type, without: Sequence[str], **defaults: Any) -> type:
-    """The fields of the config that are not among `without`, as options of a command that has its own word for those."""
-    kept = [f for f in fields(config) if f.name not in without]
-    options = [(f.name, f.type, field(default=defaults.get(f.name, f.default), metadata=f.metadata)) for f in kept]
-    return make_dataclass("Settings", options)
+def config_options(without: Sequence[str] = (), **defaults: Any) -> type:
+    """Return a dataclass with the config's fields as options, except those in `without`.
+
+    Choices are those of this moment, so that methods registered from outside the package are among them. `defaults`
+    replace the config's.
+    """
+    options = []
+    for f in fields(CampHiVeConfig):
+        if f.name not in without:
+            kind = Literal[names] if (names := choices(f.name)) else f.type
+            options.append((f.name, kind, field(default=defaults.get(f.name, f.default), metadata=f.metadata)))
+    return make_dataclass("ConfigOptions", options)
+
+
+def preset_options() -> type:
+    """Return a dataclass with the option `preset`, whose choices are those of this moment."""
+    sources = "; ".join(f"{name}: {row.source}" for name, row in PRESETS.items() if row.source)
+    text = f"Recipe: sets several of the options below, which override it where given beside it ({sources})."
+    return make_dataclass("PresetOptions", [("preset", Literal[tuple(PRESETS)], _option("default", text))])
 
 
 def listed(text: str) -> list[str]:
@@ -159,11 +164,10 @@ def numbers(option: str, text: str, kind: type) -> list[Any]:
 
 def _preset(arguments: Sequence[str]) -> dict[str, Any]:
     """Defaults that `--preset` sets; none where it is absent, or misspelled (which the parser itself will say)."""
-    from hf_camphive.core.config import PRESETS
-
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")
-    return PRESETS.get(parser.parse_known_args(list(arguments))[0].preset, {})
+    name = parser.parse_known_args(list(arguments))[0].preset
+    return dict(PRESETS[name].settings) if name in PRESETS else {}
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

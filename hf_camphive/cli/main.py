@@ -19,13 +19,14 @@ from hf_camphive.cli.arguments import (
     DataArguments,
     ExpandArguments,
     ModelArguments,
-    RecipeArguments,
     RunArguments,
+    config_options,
     listed,
     numbers,
     parse,
-    settings_of,
+    preset_options,
 )
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import CampHiVeError, ConfigError, ModelError, PlanError
 from hf_camphive.core.runtime import keep_freed_memory
 
@@ -77,10 +78,9 @@ def _guarded(command: Any, arguments: Sequence[str]) -> int:
 
 def prune(arguments: Sequence[str]) -> None:
     """Prune a network, finetune it, save it, and print what came of it."""
-    from hf_camphive.core.config import CampHiVeConfig  # heavy imports wait until --help and spelling are done with
-
-    kinds = (ModelArguments, DataArguments, RunArguments, RecipeArguments, CampHiVeConfig)
-    model, data, run, _, config = parse(prune, arguments, *kinds)
+    kinds = (ModelArguments, DataArguments, RunArguments, preset_options(), config_options())
+    model, data, run, _, options = parse(prune, arguments, *kinds)
+    config = CampHiVeConfig(**vars(options))
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     if data.streaming and config.num_train_epochs and not data.max_train_samples:
@@ -169,8 +169,6 @@ def inspect(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Print the accuracy and the cost of a model."""
-    from hf_camphive.core.config import CampHiVeConfig
-
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
     from hf_camphive.core.runtime import Workers, environment, make_accelerator
@@ -265,10 +263,8 @@ def _bottlenecks(folder: Path) -> list[str]:
 
 def compare(arguments: Sequence[str]) -> None:
     """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
-    from hf_camphive.core.config import CampHiVeConfig
-
     elsewhere = ("criterion", *vars(CompareArguments()), *NOT_COMPARED)
-    settings = settings_of(CampHiVeConfig, without=elsewhere, num_train_epochs=0.0)
+    settings = config_options(without=elsewhere, num_train_epochs=0.0)
     model, data, asked, chosen = parse(compare, arguments, ModelArguments, DataArguments, CompareArguments, settings)
     if data.streaming and chosen.num_train_epochs and not data.max_train_samples:
         raise ConfigError("--streaming: an epoch of a stream has no end; add --max-train-samples, or --epochs 0")
@@ -287,7 +283,7 @@ def compare(arguments: Sequence[str]) -> None:
     described = {**asdict(data), "dataset": data.dataset or _usual_dataset(model.model)}
     del described["dataloader_num_workers"]  # changes nothing but time
     folder = asked.output_dir or f"outputs/{_short(model.model)}-comparison"
-    config = CampHiVeConfig(target_macs=0.5, **asdict(chosen))  # each run has its own
+    config = CampHiVeConfig(target_macs=0.5, **vars(chosen))  # each run has its own
     comparison = Comparison(base, config, lambda run: _loaders(model, data, base.net, run), folder, data=described)
     _log_to_terminal(comparison.accelerator.is_local_main_process)
     results = comparison.run(cells)

@@ -1,21 +1,23 @@
 """`CampHiVeConfig`: every choice of a pruning run, validated once, saved beside the model.
 
-Pure data: imports nothing but the standard library and the error types. The command line's flags and
-`camphive_config.json` are both made from these fields.
+Pure data: imports nothing but the standard library, the error types and the tables of methods. The command line's
+options and `camphive_config.json` are both made from these fields.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.errors import ConfigError, did_you_mean
+from hf_camphive.core.methods import AUTO, CRITERIA, MERGE_RULES, PRESETS
 
 CONFIG_FILE = "camphive_config.json"
 SCHEMA = 1
 USUAL_POLISH_STEPS = 100
+MIN_CALIBRATION = 16  # images, where a criterion or merge rule reads any
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -47,25 +49,11 @@ class CampHiVeConfig:
         "Let target_latency mean the network as deployed (`fold`): without BatchNorm and what dropped blocks leave.",
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
-    criterion: Literal[
-        "auto",
-        "merge-aware",
-        "merge-joint",
-        "fisher",
-        "hive",
-        "hive-paper",
-        "hap",
-        "sosp-h",
-        "sosp-i",
-        "taylor",
-        "magnitude",
-        "bn-scale",
-        "random",
-    ] = _option(
-        "auto",
+    criterion: str = _option(
+        AUTO,
         "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves, `merge-joint` with the terms between layers; `auto` is the latter with `target_latency`, else the former, which measures best.",
     )
-    merge: Literal["reconstruct", "lstsq", "nearest", "cyclic-ls", "cyclic", "none"] = _option(
+    merge: str = _option(
         "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
     )
     threshold: Literal["adaptive", "global", "percentile"] = _option(
@@ -98,7 +86,9 @@ class CampHiVeConfig:
     # Curvature and reconstruction
     calibration_size: int = _option(1024, "Training images that scores and merging look at.")
     curvature: Literal["gauss-newton", "hessian"] = _option(
-        "gauss-newton", "The matrix that `hive`, `hive-paper`, `hap` and `sosp-h` take for the loss's curvature."
+        "gauss-newton",
+        "Matrix used as the loss's curvature by "
+        f"{', '.join(f'`{name}`' for name, row in CRITERIA.items() if row.uses_curvature)}.",
     )
     curvature_passes: int = _option(
         2, "Backward passes an image for `gauss-newton`: unbiased from one on, exact with one less than classes."
@@ -161,13 +151,7 @@ class CampHiVeConfig:
         _require(self.seed < 2**32, f"seed is {self.seed}; it must be below 2^32")
         _require(self.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
-        _require(
-            self.calibration_size >= 16
-            or (self.scored_by in ("magnitude", "bn-scale", "random") and self.merge in ("none", "cyclic")),
-            f"calibration_size is {self.calibration_size}: criterion {self.scored_by!r} with merge {self.merge!r} "
-            "needs at least 16 images; raise it, or use magnitude, bn-scale or random with none or cyclic",
-        )
-
+        _check_calibration(self)
         _require(
             self.implant_ratio == 0 or "macs" in self.budgets,
             f"implant_ratio is {self.implant_ratio}, and implants are fitted into a budget of MACs; set target_macs too",
@@ -176,11 +160,13 @@ class CampHiVeConfig:
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "CampHiVeConfig":
-        """A recipe of `PRESETS`, with changes; raises `ConfigError` where there is none of that name."""
-        close = get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PRESETS)}"
-        _require(name in PRESETS, f"there is no preset {name!r}; {hint}")
-        return cls(**PRESETS[name] | changes)
+        """Return the config of a preset, with changes.
+
+        Raises:
+            ConfigError: There is no preset of that name, or a change cannot work.
+        """
+        _require(name in PRESETS, f"there is no preset {name!r}; {did_you_mean(name, PRESETS)}")
+        return cls(**{**PRESETS[name].settings, **changes})
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -191,7 +177,7 @@ class CampHiVeConfig:
     @property
     def scored_by(self) -> str:
         """The criterion that scores: `criterion`, or what measures best for the budget."""
-        if self.criterion != "auto":
+        if self.criterion != AUTO:
             return self.criterion
         return "merge-aware" if self.target_latency is None else "merge-joint"
 
@@ -203,7 +189,7 @@ class CampHiVeConfig:
     @property
     def tries_early_weights(self) -> bool:
         """Whether trials choose `early_weight`: where scores tell what a merge loses, and later layers repair some of it."""
-        judges_merges = self.scored_by in ("merge-aware", "merge-joint") and self.threshold != "percentile"
+        judges_merges = CRITERIA[self.scored_by].judges_merges and self.threshold != "percentile"
         return self.early_weight is None and judges_merges and self.merge == "reconstruct"
 
     @property
@@ -256,8 +242,7 @@ class CampHiVeConfig:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                close = get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+                hint = did_you_mean(key, known, otherwise=f"known keys: {', '.join(known)}")
                 raise ConfigError(f"unknown key {key!r} in the config; {hint}")
         return cls(**values)
 
@@ -278,35 +263,6 @@ class CampHiVeConfig:
         return cls.from_dict(values)
 
 
-# Each paper's own choices; its budget is met by `target_macs` (or `sparsity`), and finetuning is ours, without a teacher.
-_AS_IN_PAPERS = {"distillation": 0.0, "polish_steps": 0}
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "camphive-paper": {
-        **{"criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic", "threshold": "percentile"},
-        **{"scope": "all", **_AS_IN_PAPERS},
-    },
-    "camphive-paper-weights": {
-        **{"granularity": "weight", "criterion": "hive-paper", "curvature": "hessian", "merge": "cyclic"},
-        **_AS_IN_PAPERS,
-    },
-    "hap": {
-        **{"criterion": "hap", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", **_AS_IN_PAPERS},
-    },
-    "sosp-h": {
-        **{"criterion": "sosp-h", "curvature": "hessian", "merge": "none", "threshold": "global"},
-        **{"scope": "all", **_AS_IN_PAPERS},
-    },
-    "sosp-i": {
-        **{"criterion": "sosp-i", "merge": "none", "threshold": "global"},
-        **{"scope": "all", **_AS_IN_PAPERS},
-    },
-    "group-fisher": {
-        **{"criterion": "fisher", "merge": "none", "threshold": "adaptive"},
-        **{"scope": "all", **_AS_IN_PAPERS},
-    },
-}
 # These have no part in zeroing weights.
 _CUTTING = ("target_macs", "cycles", "threshold", "early_weight", "scope", "round_to", "min_channels")
 _AT_LEAST_ONE = (
@@ -360,6 +316,24 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_calibration(config: CampHiVeConfig) -> None:
+    if config.calibration_size >= MIN_CALIBRATION:
+        return
+    criteria = [name for name, row in CRITERIA.items() if not row.reads_images]
+    rules = [name for name, row in MERGE_RULES.items() if not row.reads_images]
+    _require(
+        config.scored_by in criteria and config.merge in rules,
+        f"calibration_size is {config.calibration_size}: criterion {config.scored_by!r} with merge {config.merge!r} "
+        f"needs at least {MIN_CALIBRATION} images; raise it, or use {_either(criteria)} with {_either(rules)}",
+    )
+
+
+def _either(names: Iterable[str]) -> str:
+    """Join names as in "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _check_granularity(config: CampHiVeConfig) -> None:
     usual = {f.name: f.default for f in fields(config)}
     _require(0 < config.sparsity < 1, f"sparsity is {config.sparsity}; it is a share between 0 and 1, such as 0.5")
@@ -370,10 +344,12 @@ def _check_granularity(config: CampHiVeConfig) -> None:
             "granularity to weight",
         )
         return
+    rules = [name for name, row in MERGE_RULES.items() if row.weight_wording]
     _require(
-        config.scored_by == "hive-paper" and config.merge in ("cyclic", "none"),
-        f"granularity 'weight' knows criterion 'hive-paper' with merge 'cyclic' or 'none', not {config.scored_by!r} with "
-        f"{config.merge!r}; start from preset camphive-paper-weights, or set granularity to channel",
+        config.scored_by == "hive-paper" and config.merge in rules,
+        f"granularity 'weight' knows criterion 'hive-paper' with merge {_either(map(repr, rules))}, not "
+        f"{config.scored_by!r} with {config.merge!r}; start from preset camphive-paper-weights, or set granularity to "
+        "channel",
     )
     for name in _CUTTING:
         value = getattr(config, name)
@@ -384,19 +360,25 @@ def _check_granularity(config: CampHiVeConfig) -> None:
         )
 
 
+def choices(name: str) -> tuple[str, ...]:
+    """Return the values that the field `name` may have, methods from outside included; () where it is no choice."""
+    if name == "criterion":
+        return (AUTO, *CRITERIA)
+    if name == "merge":
+        return tuple(MERGE_RULES)
+    kind = CampHiVeConfig.__annotations__[name]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def _check_types(config: CampHiVeConfig) -> None:
     for f in fields(config):
-        value, kind = (
-            getattr(config, f.name),
-            type(config).__annotations__[f.name],
-        )  # f.type is changed by HfArgumentParser
+        value = getattr(config, f.name)
+        kind = type(config).__annotations__[f.name]  # f.type is changed by HfArgumentParser
         kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if value is None and NoneType in kinds:
             continue
-        if choices := get_args(kind) if get_origin(kind) is Literal else ():
-            close = get_close_matches(str(value), choices, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
-            _require(value in choices, f"{f.name} is {value!r}; {hint}")
+        if names := choices(f.name):
+            _require(value in names, f"{f.name} is {value!r}; {did_you_mean(str(value), names)}")
         elif str in kinds:
             _require(isinstance(value, str), f"{f.name} is {value!r}; it must be text")
         elif bool in kinds:

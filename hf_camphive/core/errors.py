@@ -1,8 +1,14 @@
-"""The errors a user can cause. Each message says what came, where, and what to do about it."""
+"""Errors that a user can cause, and the hint that ends many of their messages.
+
+Every message names the value that was given, where it was given, and what to do about it.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class CampHiVeError(Exception):
-    """Base of every error of this package: a message for the user, never a bug report."""
+    """Base of every error of this package; its message is meant for the user, not for a bug report."""
 
 
 class ConfigError(CampHiVeError, ValueError):
@@ -30,8 +36,20 @@ class TrainingError(CampHiVeError, RuntimeError):
 
 
 class CurvatureError(CampHiVeError, RuntimeError):
-    """Curvature that cannot be worked out, such as products that are not numbers."""
+    """Curvature that cannot be computed, such as products that are not numbers."""
 
 
 class ReconstructionError(CampHiVeError, RuntimeError):
     """A least-squares fit that cannot be solved, such as one on activations that are not numbers."""
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str | None = None, most: int = 1) -> str:
+    """Return a hint for a misspelled name: "did you mean 'fisher'?", with at most `most` of `names`.
+
+    Where none of `names` is similar, return `otherwise`; by default "choose from ..." with all names.
+    """
+    names = list(names)
+    close = [] if name in names else get_close_matches(name, names, n=most)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"choose from {', '.join(names)}" if otherwise is None else otherwise

@@ -18,6 +18,7 @@ from hf_camphive.core.measures import (
     format_precision,
     format_share,
 )
+from hf_camphive.core.methods import CRITERIA, EIGENSOLVERS, MERGE_RULES, PAPER
 from hf_camphive.hub.report import GroupRatio, PruneReport, Stage, budget_text
 from hf_camphive.network.surgery.widening import Expansion
 
@@ -25,7 +26,6 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # in place of the repo's name, which a push gives the uploaded card
 BATCH_SIZES = (1, 32)
 MAX_BOTTLENECKS = 5
-PAPER = "[CAMP-HiVe](https://arxiv.org/abs/2511.06265)"
 _CAPTIONS = {  # in the order of the card
     "summary.png": "Accuracy and cost of each stage, relative to the dense network",
     "widths.png": "Channels kept in each group, in forward order",
@@ -33,36 +33,10 @@ _CAPTIONS = {  # in the order of the card
     "finetune.png": "Loss and accuracy while finetuning",
     "scores.png": "Sorted channel scores of each group",
 }
-_CRITERIA = {
-    "merge-aware": "what moves the logits when each channel is replaced by its best prediction from those that stay",
-    "merge-joint": "what replacing each channel by its best prediction adds to the error of the logits so far, in any layer",
-    "fisher": "the Fisher information of a gate on each channel (mean squared gradient / 2)",
-    "hive": f"the curvature of the loss along its leading eigenvectors, found by power iteration, after {PAPER}",
-    "hive-paper": f"the entries of the dominant eigenvector of the loss's curvature at their filters, after {PAPER}",
-    "hap": "the trace of the loss's curvature on their filters, times the filters' squared norm (HAP, arXiv:2101.08940)",
-    "sosp-h": "the loss's gradient and one product with its curvature (SOSP-H, arXiv:2110.11395)",
-    "sosp-i": "the loss's gradient and curvature, greedily, with terms between channels (SOSP-I, arXiv:2110.11395)",
-    "taylor": "the first-order change of the loss",
-    "magnitude": "the norm of their weights",
-    "bn-scale": "the gain of their BatchNorm",
-    "random": "chance, as a baseline",
-}
-_MERGES = {
-    "reconstruct": "the kept channels were refitted by least squares to reproduce the dense network's outputs",
-    "lstsq": "each removed channel was merged into all kept ones by least squares",
-    "nearest": "each removed channel was merged into the kept one that explains it best",
-    "cyclic-ls": f"removed channels were merged into kept ones in the cyclic pairs of {PAPER}, weighted by the data",
-    "cyclic": f"removed channels were merged into kept ones in the cyclic pairs of {PAPER}, with weight 0.5",
-    "none": "removed channels were dropped without merging",
-}
 _THRESHOLDS = {
     "adaptive": ", per {unit} saved",
     "global": "",
     "percentile": ", within their own group: every group lost the same share",
-}
-_WEIGHT_MERGES = {
-    "cyclic": "half of each was added to a kept weight of the same tensor, in cyclic pairs by rank",
-    "none": "nothing was merged",
 }
 _BIBTEX = """\
 ```bibtex
@@ -286,14 +260,20 @@ def _method(report: PruneReport) -> str:
     if _zeroes_weights(report):
         return (
             f"Weights were ranked, tensor by tensor, by the size of their entries in the dominant eigenvector of the "
-            f"loss's curvature, after {PAPER}; of the lowest, which are zero now, {_WEIGHT_MERGES[merge]} "
+            f"loss's curvature, after {PAPER}; of the lowest, which are zero now, {MERGE_RULES[merge].weight_wording} "
             f"(`granularity=weight`, `criterion={criterion}`, `merge={merge}`)."
         )
     threshold = _THRESHOLDS[report.config.get("threshold", "adaptive")].format(unit=_per(report))
     return (
-        f"Channels were ranked by {_CRITERIA[criterion]}{threshold}; {_MERGES[merge]} "
+        f"Channels were ranked by {_ranking(report)}{threshold}; {MERGE_RULES[merge].wording} "
         f"(`criterion={criterion}`, `merge={merge}`)."
     )
+
+
+def _ranking(report: PruneReport) -> str:
+    row = CRITERIA[report.config["criterion"]]
+    wording = row.wording.replace("{eigensolver}", EIGENSOLVERS[report.config["eigensolver"]])
+    return f"{wording} ({row.source})" if row.source else wording
 
 
 def _per(report: PruneReport) -> str:
@@ -322,6 +302,7 @@ def _steps(report: PruneReport) -> str:
     items += map(budget_text, report.budgets)
     settings = _settings(report, f"{'sparsity' if _zeroes_weights(report) else 'cycles'} calibration_size seed")
     items.append(f"Settings: {settings}; all of them in `camphive_config.json`.")
+    items.append(_labels(report))
     items.append("Every cut stands in `prune_plan.json`, every figure in `report.json`.")
     revision = f"`{report.revision}`" if report.revision else "not recorded"
     items.append(f"Revision of the base: {revision}. Architecture: timm `{report.architecture}`.")
@@ -329,6 +310,13 @@ def _steps(report: PruneReport) -> str:
         items.append(f"Environment: {', '.join(f'{key} {value}' for key, value in report.environment.items())}.")
     items.extend(report.notes)
     return _bullets(items)
+
+
+def _labels(report: PruneReport) -> str:
+    row = CRITERIA[report.config["criterion"]]
+    if row.reads_labels or (row.uses_curvature and report.config["curvature"] == "hessian"):
+        return "Scoring read the labels of the calibration images; merging read none."
+    return "Scoring and merging read no labels."
 
 
 def _bottlenecks(rows: Sequence[GroupRatio]) -> str:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_camphive.core.errors import ModelError, PlanError
+from hf_camphive.core.errors import ModelError, PlanError, did_you_mean
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
 from hf_camphive.hub.saving import _first_line
 from hf_camphive.network.graph.program import named_tensors
@@ -362,8 +361,7 @@ def _close(name: str) -> str:
     owner, _, bare = name.rpartition("/")
     known = {f"{owner}/{n}" if owner == "timm" else n for n in [*timm.list_models(), *timm.list_pretrained()]}
     name = f"{owner}/{bare}" if owner == "timm" else bare
-    close = get_close_matches(name, sorted(known - {name}), n=3) if name not in known else ()
-    return f"did you mean {' or '.join(close)}?" if close else f"an id looks like {_EXAMPLE}"
+    return did_you_mean(name, sorted(known), otherwise=f"an id looks like {_EXAMPLE}", most=3)
 
 
 def _short(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Comparing methods: a grid of runs on one network, each from the dense weights, kept as it comes and never run twice.
 
 Every run is the pruner's own; only what they can share is shared: the network, the images, and the scores of the dense
-network, which do not depend on what is done with them. A method that is not in `CRITERIA` is a function that makes a plan.
+network, which do not depend on what is done with them. A method that is not in `SCORERS` is a function that makes a plan.
 """
 
 import copy
@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.core.errors import (
+    ConfigError,
+    OutputError,
+    PlanError,
+    ReconstructionError,
+    TrainingError,
+    did_you_mean,
+)
 from hf_camphive.core.measures import Accuracy, format_share, published
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import environment, make_accelerator
@@ -32,7 +38,7 @@ from hf_camphive.hub.plots import DPI
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.pruning.merging.rules import MERGE_RULES
-from hf_camphive.pruning.scoring.criteria import CRITERIA, Scores
+from hf_camphive.pruning.scoring.criteria import SCORERS, Scores
 from hf_camphive.runs.comparison_plot import draw_comparison
 from hf_camphive.runs.cycle import PruningCycle
 from hf_camphive.runs.results import Cell, Results, Row, differences
@@ -50,7 +56,7 @@ MAX_BYTES_IN_MEMORY = 2**30  # test images are decoded once where they take no m
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method that is not in `CRITERIA` is given: a network, its channel groups, images and MACs per image to leave.
+    """What a method that is not in `SCORERS` is given: a network, its channel groups, images and MACs per image to leave.
 
     The network may be used freely, as a copy; the plan is for `trace.groups`.
     """
@@ -139,7 +145,7 @@ class Comparison:
         if not self.config.cuts_channels:
             raise ConfigError("a comparison is at ratios of MACs, of which single weights save none; cut channels")
         for cell in cells:
-            _choice("method", cell.method, {**CRITERIA, **self.methods})
+            _choice("method", cell.method, {**SCORERS, **self.methods})
             _choice("merge rule", cell.merge, MERGE_RULES)
             if cell.method in self.methods and MERGE_RULES[cell.merge].pairs:
                 raise ConfigError(
@@ -351,9 +357,7 @@ def _settings(base: BaseModel, config: CampHiVeConfig, data: Mapping[str, Any]) 
 def _choice(kind: str, name: str, table: Iterable[str]) -> None:
     names = list(table)
     if name not in names:
-        close = get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
-        raise ConfigError(f"there is no {kind} {name!r}; {hint}")
+        raise ConfigError(f"there is no {kind} {name!r}; {did_you_mean(name, names)}")
 
 
 def _seconds(row: Row) -> str:

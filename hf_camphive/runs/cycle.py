@@ -31,7 +31,7 @@ from hf_camphive.pruning.planning.latency.prediction import LatencyRequest, late
 from hf_camphive.pruning.planning.latency.timing import LatencyTable
 from hf_camphive.pruning.polish import Polished, PolishOptions, polish
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext, SolverCheckpoint
-from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.pruning.scoring.depth_weighting import weighed
 from hf_camphive.pruning.trials import HOLDOUT_STRIDE, Trial
 from hf_camphive.training.data.calibration import Calibration
@@ -155,7 +155,7 @@ class PruningCycle:
         if not self.plans:
             self._exterior = costs.exterior
         with self.log.timed("score"), torch.no_grad():
-            self.scores = scores or CRITERIA[self.config.scored_by](self._context(calibration, checkpoint))
+            self.scores = scores or SCORERS[self.config.scored_by](self._context(calibration, checkpoint))
         with self.log.timed("plan"):
             return self._planned(costs, targets, self._early_weight(costs, targets, calibration))
 

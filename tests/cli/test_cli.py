@@ -23,10 +23,11 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive.cli import main as cli
-from hf_camphive.cli.arguments import RecipeArguments, parse
-from hf_camphive.core.config import PRESETS, CampHiVeConfig
+from hf_camphive.cli.arguments import config_options, parse, preset_options
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.measures import format_count, format_share
+from hf_camphive.core.methods import PRESETS
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
 from hf_camphive.hub import saving
 from hf_camphive.hub.loading import load_base
@@ -93,7 +94,7 @@ def tables(tmp_path_factory) -> Path:
 
 
 def parsed(*arguments: str) -> CampHiVeConfig:
-    return parse(cli.prune, [*map(str, arguments)], RecipeArguments, CampHiVeConfig)[1]
+    return CampHiVeConfig(**vars(parse(cli.prune, [*map(str, arguments)], preset_options(), config_options())[1]))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -105,7 +106,7 @@ def test_a_preset_sets_a_recipe_that_flags_override(name):
 
 
 def test_presets_are_offered_by_name(capsys):
-    assert get_args(get_type_hints(RecipeArguments)["preset"]) == tuple(PRESETS)
+    assert get_args(get_type_hints(preset_options())["preset"]) == tuple(PRESETS)
     for arguments in (["--preset", "happ"], ["--preset"]):
         with pytest.raises(SystemExit, match="2"):
             parsed(*arguments)

@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import fields, replace
-from typing import Literal, get_origin
 
 import pytest
 
-from hf_camphive.core.config import CONFIG_FILE, PRESETS, SCHEMA, CampHiVeConfig
+from hf_camphive.core.config import CONFIG_FILE, SCHEMA, CampHiVeConfig, choices
 from hf_camphive.core.errors import CampHiVeError, ConfigError
+from hf_camphive.core.methods import PRESETS
 
 WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type is int]
 REAL = [f.name for f in fields(CampHiVeConfig) if f.type is float]
 OPTIONAL_WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type == int | None]
 OPTIONAL_REAL = [f.name for f in fields(CampHiVeConfig) if f.type == float | None]
-CHOICES = [f.name for f in fields(CampHiVeConfig) if get_origin(f.type) is Literal]
-TEXT = [f.name for f in fields(CampHiVeConfig) if f.type is str]
+CHOICES = [f.name for f in fields(CampHiVeConfig) if choices(f.name)]
+TEXT = [f.name for f in fields(CampHiVeConfig) if f.type is str and f.name not in CHOICES]
 SWITCHES = [f.name for f in fields(CampHiVeConfig) if f.type is bool]
+WEIGHTS = dict(PRESETS["camphive-paper-weights"].settings)
 OTHER = CampHiVeConfig(
     **{"target_macs": 123456.0, "cycles": 3, "criterion": "hive", "merge": "cyclic", "scope": "all", "round_to": 8},
     **{"seed": 7, "calibration_size": 99, "curvature": "hessian", "optimizer": "adamw", "mixed_precision": "bf16"},
@@ -82,10 +83,10 @@ def test_real_numbers(name, value):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name):
-    options = CampHiVeConfig.__dataclass_fields__[name].type.__args__
+    options = choices(name)
     for option in options:
-        start = PRESETS["camphive-paper-weights"] if option == "weight" else {}
-        assert getattr(CampHiVeConfig(**start | {name: option}), name) == option
+        start = WEIGHTS if option == "weight" else {}
+        assert getattr(CampHiVeConfig(**{**start, name: option}), name) == option
     with pytest.raises(ConfigError, match=f"^{name} is '{options[0]}x'; did you mean '{options[0]}'"):
         CampHiVeConfig(**{name: options[0] + "x"})
     for value in ("zzzz", 1):
@@ -157,9 +158,6 @@ def test_the_edges_of_what_works(values):
     assert {name: getattr(CampHiVeConfig(**values), name) for name in values} == values
 
 
-WEIGHTS = PRESETS["camphive-paper-weights"]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -195,7 +193,7 @@ def test_granularities_that_do_not_fit_their_options(values, message):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     config = CampHiVeConfig.from_preset(name)
-    assert config == CampHiVeConfig(**PRESETS[name])
+    assert config == CampHiVeConfig(**PRESETS[name].settings)
     assert CampHiVeConfig.from_dict(config.to_dict()) == config
     changed = CampHiVeConfig.from_preset(name, seed=3, distillation=0.25)
     assert changed == replace(config, seed=3, distillation=0.25)

@@ -1,14 +1,14 @@
 """The card says what the report says: the same numbers, nothing invented, nothing left empty."""
 
 import re
-from dataclasses import fields, replace
-from typing import get_args
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.measures import Accuracy, Footprint, Latency
+from hf_camphive.core.methods import CRITERIA, MERGE_RULES
 from hf_camphive.hub.card import FOLDER_PLACEHOLDER, render_card
 from hf_camphive.hub.plots import draw_plots
 from hf_camphive.hub.report import GroupRow, PruneReport, Stage
@@ -142,16 +142,46 @@ def test_only_hub_ids_become_links(tmp_path, monkeypatch):
         assert card(replace(REPORT, model_id=bundled)).data.base_model is None
 
 
-CHOICES = {field.name: get_args(field.type) for field in fields(CampHiVeConfig)}
-
-
-@pytest.mark.parametrize("criterion", [name for name in CHOICES["criterion"] if name != "auto"])
-@pytest.mark.parametrize("merge", CHOICES["merge"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("merge", MERGE_RULES)
 def test_every_method_is_described(criterion, merge):
     config = CampHiVeConfig(criterion=criterion, merge=merge).as_run()
     text = card(replace(REPORT, config=config)).text
     assert f"(`criterion={criterion}`, `merge={merge}`)" in text
-    assert "arxiv.org/abs/2511.06265" in text
+    assert f"Channels were ranked by {CRITERIA[criterion].wording.partition('{')[0]}" in text
+    assert CRITERIA[criterion].source in text and MERGE_RULES[merge].wording in text
+    assert "arxiv.org/abs/2511.06265" in text and "{" not in text.replace("{{ x }}", "").partition("```bibtex")[0]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "eigensolver", "solver"),
+    [
+        ("hive", "lanczos", "the Lanczos method"),
+        ("hive", "power", "power iteration"),
+        ("hive-paper", "lanczos", "power iteration"),  # the paper's own, whatever `eigensolver` says
+    ],
+)
+def test_a_card_names_the_solver_that_ran(criterion, eigensolver, solver):
+    config = CampHiVeConfig(criterion=criterion, eigensolver=eigensolver).as_run()
+    (line,) = [line for line in card(replace(REPORT, config=config)).text.splitlines() if "were ranked" in line]
+    assert f"found by {solver}" in line
+    assert ("Lanczos" in line) == (solver != "power iteration")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads_labels"),
+    [
+        ({"criterion": "fisher"}, False),
+        ({"criterion": "fisher", "curvature": "hessian"}, False),
+        ({"criterion": "taylor"}, True),
+        ({"criterion": "hive"}, False),
+        ({"criterion": "hive", "curvature": "hessian"}, True),
+    ],
+)
+def test_a_card_tells_whether_labels_were_read(settings, reads_labels):
+    text = card(replace(REPORT, config=CampHiVeConfig(**settings).as_run())).text
+    assert ("read the labels of the calibration images" in text) == reads_labels
+    assert ("read no labels" in text) == (not reads_labels)
 
 
 def test_zeroed_weights_are_no_smaller_network():

@@ -266,11 +266,11 @@ def test_a_new_head_is_drawn_from_the_seed_and_the_old_network_is_left_alone(nam
         ("", "no model is named"),
         (
             "timm/resnet81.a1_in1k",
-            r"neither in the cache nor can it be downloaded.*did you mean timm/resnet18.a1_in1k",
+            r"neither in the cache nor can it be downloaded.*did you mean 'timm/resnet18.a1_in1k",
         ),
         ("timm/resnet18.a1_in1k@v9", "'timm/resnet18.a1_in1k@v9' is neither in the cache"),
         ("a/b/c", "Repo id must be in the form"),
-        ("resnet-18", "did you mean resnet18"),
+        ("resnet-18", "did you mean 'resnet18"),
         ("resnet18.nonsense", "nor a timm network"),
         ("resnet18", "'timm/resnet18.a1_in1k' is neither in the cache"),
         ("cifar_resnet56", "architecture without published weights.*--checkpoint"),

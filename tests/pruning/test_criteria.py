@@ -10,6 +10,7 @@ from support.toys import ToyResNet
 from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
+from hf_camphive.core.methods import CRITERIA
 from hf_camphive.curvature.cotangents import label_cotangent
 from hf_camphive.curvature.eigensolvers import Eigenpairs, eigenpairs_of
 from hf_camphive.curvature.estimators import Estimate, Traces
@@ -18,7 +19,7 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order
 from hf_camphive.pruning.scoring.context import ScoringContext
-from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.pruning.scoring.sosp import greedy_marginals
 from hf_camphive.training.data.calibration import Calibration
 
@@ -50,9 +51,9 @@ def joined(scores) -> torch.Tensor:
 # Laws over the whole table
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", SCORERS)
 def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
-    found = CRITERIA[name](context(hutchinson_probes=2, power_steps=3))
+    found = SCORERS[name](context(hutchinson_probes=2, power_steps=3))
     assert {key: tuple(value.shape) for key, value in found.items()} == {
         "stem": (6,),
         "block1.conv1": (5,),
@@ -64,31 +65,49 @@ def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
     assert joined(found).unique().numel() > 20
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("name", SCORERS)
+def test_rows_tell_what_a_criterion_reads(name):
+    subject = subject_for(name)
+    labels = replace(subject, labels=tuple((y + 1) % 3 for y in subject.labels))
+    images = replace(subject, images=tuple(x.flip(-1) + 0.5 for x in subject.images))
+
+    def reads(other, **settings):
+        settings = {"hutchinson_probes": 4, "num_eigenpairs": 2, **settings}
+        a, b = (
+            joined(SCORERS[name](replace(each, config=replace(each.config, **settings)))) for each in (subject, other)
+        )
+        return not torch.allclose(a, b, rtol=1e-6, atol=1e-12)
+
+    row = CRITERIA[name]
+    assert (reads(images), reads(labels)) == (row.reads_images, row.reads_labels)
+    assert reads(labels, curvature="hessian") == (row.reads_labels or row.uses_curvature)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "random"])
 def test_permuting_channels_permutes_scores(name, exact):
     subject = subject_for(name)
     order = torch.tensor([3, 0, 4, 1, 2])
     state = dict(subject.analysis.state)
     for slot in next(g for g in subject.trace.groups if g.name == "block1.conv1").slots:
         state[slot.tensor] = state[slot.tensor].index_select(slot.axis, order)
-    before, after = CRITERIA[name](subject), CRITERIA[name](with_state(subject, state))
+    before, after = SCORERS[name](subject), SCORERS[name](with_state(subject, state))
     assert before["block1.conv1"].unique().numel() == 5
     torch.testing.assert_close(after["block1.conv1"], before["block1.conv1"][order], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(after["stem"], before["stem"], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("random", "bn-scale")])
+@pytest.mark.parametrize("name", [name for name in SCORERS if name not in ("random", "bn-scale")])
 def test_a_channel_that_nobody_reads_scores_zero(name, exact):
     """`bn-scale` does not look at readers."""
     subject = subject_for(name)
     weight = subject.analysis.state["block1.conv2.weight"].clone().index_fill_(1, torch.tensor([2]), 0)
-    scores = CRITERIA[name](changed(subject, block1__conv2__weight=weight))["block1.conv1"]
+    scores = SCORERS[name](changed(subject, block1__conv2__weight=weight))["block1.conv1"]
     assert (
         scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
     )  # 0 but for rounding, and what an iteration leaves
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("random", "magnitude", "hive-paper")])
+@pytest.mark.parametrize("name", [name for name in SCORERS if name not in ("random", "magnitude", "hive-paper")])
 def test_a_channel_that_is_always_zero_scores_zero(name, exact):
     """`magnitude` looks at readers alone, and |v_i| does not know that a weight is zero.
 
@@ -97,7 +116,7 @@ def test_a_channel_that_is_always_zero_scores_zero(name, exact):
     subject = subject_for(name)
     dead = torch.tensor([2])
     tensors = {key: subject.analysis.state[key].clone().index_fill_(0, dead, 0) for key in DEAD}
-    scores = CRITERIA[name](changed(subject, **tensors))["block1.conv1"]
+    scores = SCORERS[name](changed(subject, **tensors))["block1.conv1"]
     assert (
         scores[2].abs() < 1e-4 * scores[[0, 1, 3, 4]].abs().min()
     )  # 0 but for rounding, and what an iteration leaves
@@ -108,7 +127,7 @@ FACTORS = torch.tensor([0.5, 3.0, 1.0, 2.0, 0.2], dtype=torch.float64)
 GATE_SPACE = {"fisher", "hive", "sosp-h", "sosp-i", "taylor"}
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", SCORERS)
 def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
     """relu(a x) = a relu(x): gain and offset times a, readers over a. HAP sees a filter before a norm, which is the same."""
     subject = subject_for(name, nn.ReLU)
@@ -124,7 +143,7 @@ def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
     assert others or name not in GATE_SPACE
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", SCORERS)
 def test_scores_do_not_know_the_scale_of_a_filter_before_its_norm(name, exact):
     """Filter, running mean and deviation times a: only |v_i| of CAMP-HiVe, whose matrix scales with 1/a, knows."""
     subject = subject_for(name)
@@ -145,17 +164,17 @@ def same_scores(name: str, a: ScoringContext, b: ScoringContext) -> tuple[bool, 
     with torch.no_grad():
         (expected,), (found,) = (e.trace.graph.run(e.analysis.state, e.calibration.images[0]) for e in (a, b))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    a, b = CRITERIA[name](a), CRITERIA[name](b)
+    a, b = SCORERS[name](a), SCORERS[name](b)
     same = {g: torch.allclose(a[g], b[g], rtol=1e-4, atol=1e-7 * float(a[g].abs().max())) for g in a}
     return same.pop("block1.conv1"), all(same.values())
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", SCORERS)
 def test_batches_do_not_matter(name):
     net, settings = ToyResNet(), {}
     if name in WEIGHT_SPACE:
         net, settings = SmallResNet(), {"hutchinson_probes": 3, "power_steps": 5}
-    a, b = (joined(CRITERIA[name](context(net, batches=batches, **settings))) for batches in ((12,), (1, 4, 7)))
+    a, b = (joined(SCORERS[name](context(net, batches=batches, **settings))) for batches in ((12,), (1, 4, 7)))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
@@ -211,7 +230,7 @@ def test_four_channels_by_hand(name, curvature, exact):
     """The logits are linear in gates and equal, hence both matrices agree for gates; a filter and its reader are not."""
     if name == "hive-paper" and curvature == "hessian":
         pytest.skip("the Hessian in weight space has a term between each filter and its readers; see the dense test")
-    found = CRITERIA[name](by_hand(curvature=curvature))
+    found = SCORERS[name](by_hand(curvature=curvature))
     assert found.keys() == {"conv"}
     torch.testing.assert_close(found["conv"], torch.tensor(BY_HAND[name], dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
@@ -222,17 +241,17 @@ def test_drawn_gradients_by_hand():
     signs = torch.randint(0, 2, (count, 2), generator=torch.Generator().manual_seed(0))
     differ = float((signs[:, 0] != signs[:, 1]).double().mean())
     assert 0.4 < differ < 0.6
-    torch.testing.assert_close(CRITERIA["fisher"](by_hand(count))["conv"], d.square() * differ / 4)
+    torch.testing.assert_close(SCORERS["fisher"](by_hand(count))["conv"], d.square() * differ / 4)
     # G = differ / 2 * d d^T: the dead channel goes first, then 1 + differ, each earlier one adding 2 * differ
     steps = [1 + differ, 1 + 3 * differ, 1 + 5 * differ]
-    found = CRITERIA["sosp-i"](by_hand(count, threshold="global"))["conv"]
+    found = SCORERS["sosp-i"](by_hand(count, threshold="global"))["conv"]
     torch.testing.assert_close(found[:3].sort().values, torch.tensor(steps, dtype=torch.float64), rtol=1e-6, atol=0)
     assert found[3] == 0
 
 
 def test_random_by_hand():
     expected = torch.rand(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    assert torch.equal(CRITERIA["random"](by_hand(seed=5))["conv"], expected)
+    assert torch.equal(SCORERS["random"](by_hand(seed=5))["conv"], expected)
 
 
 def test_the_greedy_choice_by_hand():
@@ -331,7 +350,7 @@ def test_hap_is_the_trace_of_each_block_times_the_squared_norm_over_twice_the_si
     traces, norms, sizes = (
         filters(subject, values) for values in (matrices[curvature].diagonal(), flat.square(), torch.ones_like(flat))
     )
-    found = CRITERIA["hap"](with_matrix(subject, curvature))
+    found = SCORERS["hap"](with_matrix(subject, curvature))
     assert sizes["stem"].tolist() == [3 + 5 * 9] * 2
     for name in found:
         expected = traces[name] * norms[name] / (2 * sizes[name])
@@ -340,9 +359,9 @@ def test_hap_is_the_trace_of_each_block_times_the_squared_norm_over_twice_the_si
 
 def test_hap_is_unbiased():
     """One pixel, twelve weights: the mean of many probes comes within their spread of what is worked out by hand."""
-    found = CRITERIA["hap"](by_hand(hutchinson_probes=600))["conv"]
+    found = SCORERS["hap"](by_hand(hutchinson_probes=600))["conv"]
     torch.testing.assert_close(found, torch.tensor(BY_HAND["hap"], dtype=torch.float64), rtol=0, atol=0.35)
-    assert not torch.equal(found, CRITERIA["hap"](by_hand(hutchinson_probes=600, seed=1))["conv"])
+    assert not torch.equal(found, SCORERS["hap"](by_hand(hutchinson_probes=600, seed=1))["conv"])
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
@@ -351,7 +370,7 @@ def test_hive_paper_sums_the_dominant_eigenvector_over_filters(small, curvature)
     subject = replace(subject, config=replace(subject.config, power_steps=200, power_tolerance=1e-6))
     values, vectors = torch.linalg.eigh(matrices[curvature])
     expected = filters(subject, vectors[:, values.abs().argmax()].abs())
-    found = CRITERIA["hive-paper"](with_matrix(subject, curvature))
+    found = SCORERS["hive-paper"](with_matrix(subject, curvature))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
@@ -381,7 +400,7 @@ def test_sosp_h_is_the_papers_formula_in_weight_space(small, curvature):
     gradient = torch.func.grad(loss)({name: state[name] for name in trace.positions})
     first = theta @ torch.cat([part.reshape(-1) for part in gradient.values()])
     second = theta @ matrices[curvature] @ theta.sum(0)
-    found = CRITERIA["sosp-h"](with_matrix(subject, curvature))
+    found = SCORERS["sosp-h"](with_matrix(subject, curvature))
     torch.testing.assert_close(joined(found), first.abs() + 0.5 * second.abs(), rtol=1e-9, atol=1e-11)
 
 
@@ -410,7 +429,7 @@ def test_sosp_is_matrix_averages_to_the_gauss_newton_matrix_of_the_gates(small):
     (gradients,) = repeated.model_gradients("")
     found = gradients.T @ gradients / repeated.total
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
-    g = joined(CRITERIA["sosp-i"](repeated))
+    g = joined(SCORERS["sosp-i"](repeated))
     first = torch.stack(list(repeated.label_gradients(""))).mean((0, 1)).abs()
     costs = torch.ones(gates.size, dtype=torch.float64)
     costs[gates.slices["block1.conv1"]] = 9 * (2 * 9 + 2 * 9)  # MACs that a channel saves, 3x3 pixels
@@ -423,7 +442,7 @@ def test_sosp_is_matrix_averages_to_the_gauss_newton_matrix_of_the_gates(small):
 
 def test_sosp_i_is_greedy_per_mac_only_where_the_plan_is():
     """One channel of group b costs ten of a: alone they score the same, and the greedy order differs."""
-    a, b = (CRITERIA["sosp-i"](context(scope="all", threshold=threshold)) for threshold in ("adaptive", "global"))
+    a, b = (SCORERS["sosp-i"](context(scope="all", threshold=threshold)) for threshold in ("adaptive", "global"))
     assert (joined(a) - joined(b)).abs().max() > 1e-3 * joined(b).max()
     assert joined(a).min() > 0
 
@@ -448,9 +467,9 @@ def test_fisher_averages_to_half_the_diagonal_of_the_gauss_newton_matrix():
             total=len(x) * many,
         ),
     )
-    found = joined(CRITERIA["fisher"](repeated))
+    found = joined(SCORERS["fisher"](repeated))
     assert ((found - expected).abs() <= 0.15 * expected + 1e-7).all()
-    whole = joined(CRITERIA["hive"](context(num_eigenpairs=gates.size, power_steps=50, power_tolerance=1e-9)))
+    whole = joined(SCORERS["hive"](context(num_eigenpairs=gates.size, power_steps=50, power_tolerance=1e-9)))
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-8)
 
 
@@ -458,22 +477,22 @@ def test_taylor_is_the_mean_absolute_gate_gradient():
     subject = context()
     labels = torch.cat(subject.calibration.labels)
     gradients = subject.network.gradients(torch.cat(subject.calibration.images), lambda z: label_cotangent(z, labels))
-    torch.testing.assert_close(joined(CRITERIA["taylor"](subject)), gradients.abs().mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(joined(SCORERS["taylor"](subject)), gradients.abs().mean(0), rtol=1e-9, atol=1e-12)
 
 
 def test_magnitude_is_the_squared_norm_of_what_consumers_read_over_its_mean():
     subject = context()
     squares = subject.analysis.state["block1.conv2.weight"].square().sum((0, 2, 3))
-    torch.testing.assert_close(CRITERIA["magnitude"](subject)["block1.conv1"], squares / squares.mean())
+    torch.testing.assert_close(SCORERS["magnitude"](subject)["block1.conv1"], squares / squares.mean())
 
 
 def test_hive_follows_the_config_to_the_hessian():
     gauss, hessian = (
-        joined(CRITERIA["hive"](context(curvature=c, num_eigenpairs=2))) for c in ("gauss-newton", "hessian")
+        joined(SCORERS["hive"](context(curvature=c, num_eigenpairs=2))) for c in ("gauss-newton", "hessian")
     )
     assert (gauss - hessian).abs().max() > 1e-3 * gauss.max()
 
 
 def test_random_depends_on_the_seed_alone():
-    a, b, c = (joined(CRITERIA["random"](context(seed=seed))) for seed in (1, 1, 2))
+    a, b, c = (joined(SCORERS["random"](context(seed=seed))) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)

@@ -24,7 +24,7 @@ from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.merging.weights import merge_weights
 from hf_camphive.pruning.polish import PolishOptions, polish
-from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.pruning.trials import distance
 from hf_camphive.training.data.calibration import Calibration
 
@@ -77,18 +77,18 @@ def test_merging(rule):
         assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize("name", sorted(CRITERIA.keys() - set(FUNCTIONAL)))
+@pytest.mark.parametrize("name", sorted(SCORERS.keys() - set(FUNCTIONAL)))
 def test_criteria(name):
     subject = context()
     given, images = subject.analysis.state, subject.calibration.images
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in given.items()}
     calibration = replace(subject.calibration, images=tuple(batch.float() for batch in images))
     subject = replace(with_state(subject, state), calibration=calibration)
-    expected = CRITERIA[name](subject)
+    expected = SCORERS[name](subject)
     with imitated():
         placed = {key: there(getattr(calibration, key)) for key in ("images", "labels", "indices")}
         moved = replace(with_state(subject, there(state)), calibration=replace(calibration, **placed))
-        found = CRITERIA[name](moved)
+        found = SCORERS[name](moved)
         assert found.keys() == expected.keys()
         for group, values in found.items():
             torch.testing.assert_close(

@@ -415,7 +415,7 @@ def test_ratio_limits_by_hand():
 def test_patterns_that_match_nothing_are_refused():
     for option in ("keep", "layer_max_ratio"):
         settings = config(**{option: "convv1" + "=0.5" * (option != "keep")})
-        with pytest.raises(ConfigError, match=rf"{option}: no layer .* matches 'convv1'; .* such as 'conv1'"):
+        with pytest.raises(ConfigError, match=rf"{option}: no layer .* matches 'convv1'; did you mean 'conv1'"):
             make_plan(chain(3, 8, 2), {}, 10, settings)
     with pytest.raises(PlanError, match=r"no channel group .* can be pruned .* keep fewer layers"):
         make_plan(chain(3, 8, 2), {}, 10, config(keep="*"))

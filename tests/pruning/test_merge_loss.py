@@ -10,7 +10,7 @@ from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import criteria
-from hf_camphive.pruning.scoring.criteria import CRITERIA, SCORE_TEMPERATURE
+from hf_camphive.pruning.scoring.criteria import SCORE_TEMPERATURE, SCORERS
 from hf_camphive.pruning.scoring.merge_loss import (
     consumer_products,
     joint_losses,
@@ -119,7 +119,7 @@ def test_joint_losses_by_hand():
 def test_merges_are_judged_together():
     """Every score is the largest increase per cost so far of 1/2 |sum of all moves|^2, along the order of score per cost."""
     subject = context(criterion="merge-joint", scope="all")
-    scores, costs = CRITERIA["merge-joint"](subject), channel_costs(subject)
+    scores, costs = SCORERS["merge-joint"](subject), channel_costs(subject)
     names = mergeable(subject.network)
     assert names == set(costs) == set(scores)
     signs = subject.signs()
@@ -148,7 +148,7 @@ def test_groups_that_are_judged_together_sum_the_same_images(monkeypatch):
     monkeypatch.setattr(criteria, "MIN_SUMS", 1)
     monkeypatch.setattr(criteria, "MAX_ELEMENTS_PER_GROUP", 150)
     monkeypatch.setattr(criteria, "MAX_ELEMENTS_TOGETHER", 500)
-    scores = CRITERIA["merge-joint"](context(scope="all"))
+    scores = SCORERS["merge-joint"](context(scope="all"))
     assert all(values.isfinite().all() and (values > 0).all() for values in scores.values())
 
 
@@ -169,6 +169,6 @@ def test_a_group_that_is_not_read_channel_by_channel_is_judged_by_removal():
     assert mergeable(GatedNetwork(trace, state)) == frozenset()
     subject = context(Chain())
     assert mergeable(subject.network) == {"conv1"}  # conv2 is flattened
-    scores = CRITERIA["merge-aware"](subject)
+    scores = SCORERS["merge-aware"](subject)
     assert all((values > 0).any() for values in scores.values())
     assert images(1).dtype == torch.float64

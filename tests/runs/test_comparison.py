@@ -17,7 +17,7 @@ from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.merging.rules import MERGE_RULES
-from hf_camphive.pruning.scoring.criteria import CRITERIA, ScoringContext
+from hf_camphive.pruning.scoring.criteria import SCORERS, ScoringContext
 from hf_camphive.runs import comparison
 from hf_camphive.runs.comparison import Comparison, grid
 from hf_camphive.runs.cycle import PruningCycle
@@ -62,8 +62,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison") / "deep" / "grid"
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        fisher = CRITERIA["fisher"]
-        patch.setitem(CRITERIA, "fisher", lambda context: asked.append(context.config) or fisher(context))
+        fisher = SCORERS["fisher"]
+        patch.setitem(SCORERS, "fisher", lambda context: asked.append(context.config) or fisher(context))
         run = opened(folder, methods={"halves": halves})
         chosen = cells("fisher", "none reconstruct", (1.5, 2.0)) + cells("halves", "none", seeds=2)
         return run.run(chosen), folder, chosen, asked
@@ -111,7 +111,7 @@ def test_dense_scores_are_worked_out_once_and_reported_in_every_row(finished):
     assert len({row.seconds["score"] for row in results.rows if row.cell.method == "fisher"}) == 1
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", SCORERS)
 def test_scores_do_not_depend_on_what_is_done_with_them(criterion):
     """Else they must not be shared between merge rules, ratios and cycles."""
     net = randomise(ToyResNet())
@@ -122,7 +122,7 @@ def test_scores_do_not_depend_on_what_is_done_with_them(criterion):
 
     def scores(config):
         with torch.no_grad():
-            return CRITERIA[criterion](ScoringContext(trace, named_tensors(net), *data, config))
+            return SCORERS[criterion](ScoringContext(trace, named_tensors(net), *data, config))
 
     expected, found = scores(config), scores(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected) and config.merge != other.merge

@@ -9,12 +9,11 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
-from hf_camphive.core.errors import PlanError
+from hf_camphive.core.errors import PlanError, did_you_mean
 from hf_camphive.core.plan import ChannelGroup, Slot
 from hf_camphive.core.runtime import float64_device, to_float64
 from hf_camphive.network.graph.program import named_tensors
@@ -144,8 +143,7 @@ def _chosen(groups: Sequence[ChannelGroup], names: Iterable[str] | None) -> list
     names = set(names)
     for name in sorted(names):
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            hint = did_you_mean(name, known, otherwise=f"it has {', '.join(known)}")
             raise PlanError(f"the network has no channel group {name!r}; {hint}")
         if known[name].frozen:
             raise PlanError(f"group {name!r} cannot be widened: {known[name].frozen}")

@@ -4,12 +4,11 @@ Pure: reads groups and settings, and turns name patterns into numbers of channel
 """
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import ceil
 
 from hf_camphive.core.config import CampHiVeConfig
-from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.errors import ConfigError, did_you_mean
 from hf_camphive.core.plan import Branch, ChannelGroup
 
 
@@ -72,11 +71,8 @@ def _most_ratio(layers: list[str], config: CampHiVeConfig) -> dict[str, float]:
 def _matching(layers: list[str], pattern: str, option: str) -> list[str]:
     found = [layer for layer in layers if fnmatchcase(layer, pattern)]
     if not found:
-        close = get_close_matches(pattern, layers, n=1, cutoff=0) or layers[:1]
-        raise ConfigError(
-            f"{option}: no layer of this network matches {pattern!r}; its layers have names such as "
-            f"{', '.join(map(repr, close))} (`camphive inspect` lists them)"
-        )
+        hint = did_you_mean(pattern, layers, otherwise=f"its layers have names such as {layers[0]!r}")
+        raise ConfigError(f"{option}: no layer of this network matches {pattern!r}; {hint} (see `camphive inspect`)")
     return found
 
 

@@ -1,16 +1,19 @@
-"""How important each channel is: one pure function a criterion, and the table `CRITERIA`.
+"""Importance of each channel: one pure function per criterion, and the table `SCORERS` of them by name.
 
 Scores are {group: [C]}, larger is more important. Those of `fisher`, `hive`, `taylor`, `hap`, `sosp-h` and `sosp-i` are
-in units of the loss, so that they compare across groups. Adding a criterion is a function and a row.
+in units of the loss, so that they compare across groups. Adding a criterion takes a function, its entry in `SCORERS`
+and its row in `core/methods.py`; `register_criterion` adds both from outside the package.
 """
 
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_camphive.core import methods
 from hf_camphive.core.runtime import to_float64
 from hf_camphive.curvature.cotangents import curvature_cotangent
 from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_iteration
@@ -224,7 +227,7 @@ def random(context: ScoringContext) -> Scores:
 
 
 Criterion = Callable[[ScoringContext], Scores]
-CRITERIA: dict[str, Criterion] = {
+SCORERS: dict[str, Criterion] = {
     "merge-aware": merge_aware,
     "merge-joint": merge_joint,
     "fisher": fisher,
@@ -238,3 +241,17 @@ CRITERIA: dict[str, Criterion] = {
     "bn-scale": bn_scale,
     "random": random,
 }
+
+
+def register_criterion(name: str, function: Criterion, *, wording: str, **needs: Any) -> None:
+    """Add a criterion from outside the package; `criterion=name` and `--criterion name` then choose it.
+
+    `function` maps a `ScoringContext` to scores {group: [C]}, one per channel of every group that is not frozen, larger
+    for channels that are more important. `wording` ends the model card's sentence "Channels were ranked by ...";
+    `needs` are the other fields of `core.methods.CriterionRow`, such as `source` and `reads_images`.
+
+    Raises:
+        ConfigError: The name is taken or holds unusual characters.
+    """
+    methods.register(methods.CRITERIA, methods.CriterionRow(name, wording, **needs))
+    SCORERS[name] = function

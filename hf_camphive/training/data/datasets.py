@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import PIL.Image
 from torch import nn
 
-from hf_camphive.core.errors import DataError
+from hf_camphive.core.errors import DataError, did_you_mean
 from hf_camphive.training.data.splits import stratified
 
 ALIASES = {
@@ -172,10 +171,10 @@ def _cannot_open(dataset_id: str, is_folder: bool, error: BaseException) -> str:
         )
     if Path(dataset_id).is_file():
         return f"{dataset_id!r} is a file; give the folder that holds it"
-    close = [name for name in get_close_matches(dataset_id, ["digits", *ALIASES], n=1) if name != dataset_id]
-    hint = f"did you mean {close[0]!r}? Otherwise check" if close else "check"
+    hint = did_you_mean(dataset_id, ["digits", *ALIASES], otherwise="")
+    check = f"{hint} Otherwise check" if hint else "check"
     return (
-        f"dataset {dataset_id!r} is neither a folder nor a dataset that can be reached ({reason}); {hint} the id on "
+        f"dataset {dataset_id!r} is neither a folder nor a dataset that can be reached ({reason}); {check} the id on "
         "https://huggingface.co/datasets and the network (HF_HUB_OFFLINE allows cached datasets only), log in with "
         "`hf auth login` if it is gated, or give a folder"
     )
@@ -188,8 +187,7 @@ def _find_column(
     columns = ", ".join(features)
     if given is not None:
         if given not in features:
-            close = get_close_matches(given, features, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"pass one of them as {flag}"
+            hint = did_you_mean(given, features, otherwise=f"pass one of them as {flag}")
             raise DataError(f"there is no {kind} column {given!r} among {columns}; {hint}")
         if not fits(features[given]):
             raise DataError(
