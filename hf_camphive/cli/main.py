@@ -252,7 +252,7 @@ def _bottlenecks(folder: Path) -> list[str]:
 
     path = folder / REPORT_FILE
     try:
-        report = PruneReport.from_json(path.read_text(encoding="utf-8"))
+        report = PruneReport.from_json(path.read_bytes())
     except OSError as error:
         raise ModelError(f"there is no {path}; give --from the folder of a model that camphive prune saved") from error
     names = [row.group for row in report.pruning_ratios() if row.bottleneck]

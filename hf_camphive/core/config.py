@@ -4,8 +4,7 @@ Pure data: imports nothing but the standard library, the error types and the tab
 options and `camphive_config.json` are both made from these fields.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,9 +12,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from hf_camphive.core.errors import ConfigError, did_you_mean
 from hf_camphive.core.methods import AUTO, CRITERIA, MERGE_RULES, PRESETS
+from hf_camphive.core.records import RecordFormat
 
 CONFIG_FILE = "camphive_config.json"
-SCHEMA = 1
+FORMAT = RecordFormat(CONFIG_FILE, ConfigError, indent=2, schema_required=False)
 USUAL_POLISH_STEPS = 100
 MIN_CALIBRATION = 16  # images, where a criterion or merge rule reads any
 
@@ -228,39 +228,44 @@ class CampHiVeConfig:
         return asdict(replace(self, criterion=self.scored_by))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        """Return the fields and the number of their layout, as `camphive_config.json` holds them."""
+        return {"schema": FORMAT.schema, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CampHiVeConfig":
-        """Rebuild a config; raises `ConfigError` on keys it does not know or a schema newer than its own."""
-        _require(isinstance(values, dict), f"a config is a table of keys and values, not {values!r}; see to_dict")
-        values = dict(values)
-        schema = values.pop("schema", SCHEMA)
-        _require(
-            schema == SCHEMA, f"schema {schema} is not {SCHEMA}; install the version of hf_camphive that wrote it"
-        )
+    def from_dict(cls, values: Mapping[str, Any]) -> "CampHiVeConfig":
+        """Rebuild a config from `to_dict`; fields that are missing have their defaults, and so has the schema.
+
+        Raises:
+            ConfigError: A key is unknown, the schema is another one, or a value cannot work.
+        """
+        return FORMAT.restore(values, cls._from_fields)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `camphive_config.json` into an existing folder."""
+        Path(folder, CONFIG_FILE).write_text(FORMAT.write(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "CampHiVeConfig":
+        """Read `camphive_config.json` from a folder.
+
+        Raises:
+            ConfigError: There is no such file, it is damaged, or `from_dict` refuses its values.
+        """
+        path = Path(folder, CONFIG_FILE)
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"no {CONFIG_FILE} in {folder}; was it saved by hf_camphive?") from error
+        return FORMAT.read(text, cls._from_fields, str(path))
+
+    @classmethod
+    def _from_fields(cls, values: dict[str, Any]) -> "CampHiVeConfig":
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
                 hint = did_you_mean(key, known, otherwise=f"known keys: {', '.join(known)}")
                 raise ConfigError(f"unknown key {key!r} in the config; {hint}")
         return cls(**values)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `camphive_config.json` into an existing folder."""
-        Path(folder, CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CampHiVeConfig":
-        """Read `camphive_config.json` from a folder; raises `ConfigError` where it is absent or damaged."""
-        path = Path(folder, CONFIG_FILE)
-        try:
-            values = json.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"no {CONFIG_FILE} in {folder}; was it saved by hf_camphive?") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); restore it from the run that wrote it") from error
-        return cls.from_dict(values)
 
 
 # These have no part in zeroing weights.

@@ -3,7 +3,6 @@
 Pure data, standard library only. Equal plans are ==, and a plan equals its JSON.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,9 +11,10 @@ from typing import Any, Literal
 
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.measures import format_cost
+from hf_camphive.core.records import RecordFormat
 
 PLAN_FILE = "prune_plan.json"
-SCHEMA = 1
+FORMAT = RecordFormat(PLAN_FILE, PlanError)
 Role = Literal["producer", "affine", "consumer", "statistics"]
 
 
@@ -189,46 +189,26 @@ class PrunePlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PrunePlan":
-        """Rebuild a plan; raises `PlanError` where a key is missing or a value does not fit."""
-        try:
-            return cls(
-                groups=tuple(
-                    ChannelGroup(
-                        group["name"],
-                        group["size"],
-                        tuple(
-                            Slot(tensor, axis, role, decode_runs(runs)) for tensor, axis, role, runs in group["slots"]
-                        ),
-                        group["frozen"],
-                    )
-                    for group in values["groups"]
-                ),
-                branches=tuple(
-                    Branch(
-                        **{key: tuple(value) if isinstance(value, list) else value for key, value in branch.items()}
-                    )
-                    for branch in values["branches"]
-                ),
-                cuts=tuple(
-                    ChannelCut(
-                        cut["group"],
-                        decode_runs(cut["keep"]),
-                        tuple((a, b) for a, b in cut["pairs"]),
-                        decode_runs(cut.get("implants", "")),
-                    )
-                    for cut in values["cuts"]
-                ),
-                dropped=tuple(values["dropped"]),
-                budgets=tuple(Budget(**budget) for budget in values.get("budgets", ())),
-                **{key: values[key] for key in ("criterion", "merge", "macs_before", "macs_after")},
-            )
-        except PlanError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(
-                f"this is no plan of hf_camphive ({type(error).__name__}: {error}); restore {PLAN_FILE} from the run "
-                "that wrote it"
-            ) from error
+        """Rebuild a plan from `to_dict`.
+
+        Raises:
+            PlanError: A key is missing, a value does not fit, or the plan contradicts itself.
+        """
+        return FORMAT.build(values, cls._from_values)
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> "PrunePlan":
+        return cls(
+            groups=tuple(map(_group_from, values["groups"])),
+            branches=tuple(
+                Branch(**{key: tuple(value) if isinstance(value, list) else value for key, value in branch.items()})
+                for branch in values["branches"]
+            ),
+            cuts=tuple(map(_cut_from, values["cuts"])),
+            dropped=tuple(values["dropped"]),
+            budgets=tuple(Budget(**budget) for budget in values.get("budgets", ())),
+            **{key: values[key] for key in ("criterion", "merge", "macs_before", "macs_after")},
+        )
 
     def summary(self) -> str:
         """The plan as a table: one row a group that is cut, then what is dropped and what is frozen."""
@@ -276,26 +256,27 @@ class PrunePlan:
 
 
 def plans_to_json(plans: Iterable[PrunePlan]) -> str:
-    """The plans of all cycles, in order, as the text of `prune_plan.json`."""
-    return json.dumps({"schema": SCHEMA, "cycles": [plan.to_dict() for plan in plans]}, indent=1) + "\n"
+    """Return the text of `prune_plan.json`: the plans of all cycles, in order."""
+    return FORMAT.write({"cycles": [plan.to_dict() for plan in plans]})
 
 
-def plans_from_json(text: str) -> tuple[PrunePlan, ...]:
-    """Read `prune_plan.json`; raises `PlanError` on a newer schema or a damaged file."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise PlanError(
-            f"the plan is not valid JSON ({error}); restore {PLAN_FILE} from the run that wrote it"
-        ) from error
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        raise PlanError(f"this is no plan of schema {SCHEMA}; install the version of hf_camphive that wrote it")
-    cycles = values.get("cycles")
-    if not isinstance(cycles, list):
-        raise PlanError(
-            f"this is no plan of hf_camphive: it has no cycles; restore {PLAN_FILE} from the run that wrote it"
-        )
-    return tuple(PrunePlan.from_dict(cycle) for cycle in cycles)
+def plans_from_json(text: str | bytes) -> tuple[PrunePlan, ...]:
+    """Read the text of `prune_plan.json`.
+
+    Raises:
+        PlanError: The text is damaged or has another schema, or a plan contradicts itself.
+    """
+    return FORMAT.read(text, lambda values: tuple(map(PrunePlan.from_dict, values["cycles"])))
+
+
+def _group_from(values: Mapping[str, Any]) -> ChannelGroup:
+    slots = (Slot(tensor, axis, role, decode_runs(runs)) for tensor, axis, role, runs in values["slots"])
+    return ChannelGroup(values["name"], values["size"], tuple(slots), values["frozen"])
+
+
+def _cut_from(values: Mapping[str, Any]) -> ChannelCut:
+    pairs = tuple((removed, receiver) for removed, receiver in values["pairs"])
+    return ChannelCut(values["group"], decode_runs(values["keep"]), pairs, decode_runs(values.get("implants", "")))
 
 
 def encode_runs(numbers: Iterable[int]) -> str:

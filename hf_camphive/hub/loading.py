@@ -289,7 +289,7 @@ def _read_config(folder: Path, model_id: str) -> dict[str, Any]:
 def _read_plans(folder: Path, model_id: str) -> tuple[PrunePlan, ...]:
     file = folder / PLAN_FILE
     try:
-        return plans_from_json(file.read_text(encoding="utf-8"))
+        return plans_from_json(file.read_bytes())
     except (OSError, PlanError) as error:
         raise ModelError(f"{PLAN_FILE} of {model_id!r} is missing or damaged ({error}); get the file again") from error
 

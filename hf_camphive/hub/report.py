@@ -1,6 +1,5 @@
 """What a run measured, as data, as JSON and as a table: accuracy and footprint of each stage, and what became of the groups."""
 
-import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,9 +18,10 @@ from hf_camphive.core.measures import (
     format_share,
 )
 from hf_camphive.core.plan import Budget
+from hf_camphive.core.records import RecordFormat
 
 REPORT_FILE = "report.json"
-SCHEMA = 1
+FORMAT = RecordFormat(REPORT_FILE, ModelError, indent=2)
 TABLE_WIDTH = 100
 BOTTLENECK_SHARE = 0.5
 
@@ -100,52 +100,48 @@ class PruneReport:
         return tuple(GroupRatio(name, ratio, ratio < BOTTLENECK_SHARE * overall) for ratio, name in ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        ratios = [asdict(row) for row in self.pruning_ratios()]
-        return {"schema": SCHEMA, **asdict(self), "pruning_ratios": ratios}
+        """Return the fields, the number of their layout and the pruning ratios, as `report.json` holds them."""
+        return {"schema": FORMAT.schema, **self._values()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruneReport":
-        """Rebuild a report; raises `ModelError` where a key is missing or unknown, or the schema is another."""
-        values = dict(values)
-        values.pop("pruning_ratios", None)  # follows from the groups
-        if (schema := values.pop("schema", None)) != SCHEMA:
-            raise ModelError(
-                f"the report has schema {schema}, not {SCHEMA}; install the version of hf_camphive that wrote it"
-            )
-        try:
-            return cls(
-                **values
-                | {
-                    "input_size": tuple(values["input_size"]),
-                    "stages": tuple(_stage_from(stage) for stage in values["stages"]),
-                    "groups": tuple(GroupRow(**row) for row in values["groups"]),
-                    "dropped": tuple(values["dropped"]),
-                    "budgets": tuple(Budget(**budget) for budget in values.get("budgets", ())),
-                    "notes": tuple(values["notes"]),
-                }
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"this is no report of hf_camphive ({type(error).__name__}: {error}); restore {REPORT_FILE} "
-                "from the run that wrote it"
-            ) from error
+        """Rebuild a report from `to_dict`.
+
+        Raises:
+            ModelError: A key is missing or unknown, or the schema is another one.
+        """
+        return FORMAT.restore(values, cls._from_values)
 
     def to_json(self) -> str:
-        """The text of `report.json`."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        """Return the text of `report.json`."""
+        return FORMAT.write(self._values())
 
     @classmethod
-    def from_json(cls, text: str) -> "PruneReport":
-        """Read `report.json`; raises `ModelError` on a damaged file."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ModelError(
-                f"{REPORT_FILE} is not valid JSON ({error}); restore it from the run that wrote it"
-            ) from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{REPORT_FILE} is not a report of hf_camphive; restore it from the run that wrote it")
-        return cls.from_dict(values)
+    def from_json(cls, text: str | bytes) -> "PruneReport":
+        """Read the text of `report.json`.
+
+        Raises:
+            ModelError: The text is damaged, or `from_dict` refuses its values.
+        """
+        return FORMAT.read(text, cls._from_values)
+
+    def _values(self) -> dict[str, Any]:
+        return {**asdict(self), "pruning_ratios": [asdict(row) for row in self.pruning_ratios()]}
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> "PruneReport":
+        rest = {key: value for key, value in values.items() if key != "pruning_ratios"}  # which follow from the groups
+        return cls(
+            **rest
+            | {
+                "input_size": tuple(values["input_size"]),
+                "stages": tuple(map(_stage_from, values["stages"])),
+                "groups": tuple(GroupRow(**row) for row in values["groups"]),
+                "dropped": tuple(values["dropped"]),
+                "budgets": tuple(Budget(**budget) for budget in values.get("budgets", ())),
+                "notes": tuple(values["notes"]),
+            }
+        )
 
     def table(self) -> str:
         """A title, then `stages_table`."""

@@ -5,7 +5,6 @@ Pure: knows no network and writes no file. Accuracies are top-1 shares in [0, 1]
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,8 +12,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from hf_camphive.core.errors import OutputError
+from hf_camphive.core.records import RecordFormat
 
-SCHEMA = 1
+FORMAT = RecordFormat("results.json", OutputError, remedy="restore it, or choose another --output-dir")
 STEPS = ("score", "plan", "merge", "recalibrate", "polish", "finetune")  # those whose seconds the table shows
 
 
@@ -135,24 +135,21 @@ class Results:
     # Formats
 
     def to_json(self) -> str:
-        """The text of `results.json`."""
-        values = {"schema": SCHEMA, **asdict(self), "rows": [asdict(row) for row in self.rows]}
-        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+        """Return the text of `results.json`."""
+        return FORMAT.write(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Results":
-        """Read `results.json`; raises `OutputError` on a damaged file, naming it as `where`."""
-        try:
-            values = json.loads(text)
-            if values.pop("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
-            rows = tuple(_row(**row) for row in values.pop("rows"))
-            return cls(rows=rows, **values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{where} is not a comparison's results, or is damaged ({type(error).__name__}: {error}); restore it, "
-                "or choose another --output-dir"
-            ) from error
+    def from_json(cls, text: str | bytes, where: str) -> "Results":
+        """Read the text of `results.json`; `where` names the file in messages.
+
+        Raises:
+            OutputError: The text is damaged, or is not a comparison's results.
+        """
+        return FORMAT.read(text, cls._from_values, where)
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> "Results":
+        return cls(**values | {"rows": tuple(_row(**row) for row in values["rows"])})
 
     def to_csv(self) -> str:
         """One line a row, shares in [0, 1]; seconds of each step in a column of its own."""

@@ -151,7 +151,7 @@ def test_plans_that_contradict_themselves(changes, message):
 def test_plans_with_something_missing(key):
     values = PLAN.to_dict()
     del values[key]
-    with pytest.raises(PlanError, match=f"no plan of hf_camphive.*{key}.*restore prune_plan.json from the run"):
+    with pytest.raises(PlanError, match=f"prune_plan.json is damaged .*'{key}'.*restore it from the run"):
         PrunePlan.from_dict(values)
 
 
@@ -173,22 +173,23 @@ def test_plans_with_something_missing(key):
     ids=repr,
 )
 def test_plans_with_something_wrong(change):
-    with pytest.raises(PlanError, match="no plan of hf_camphive"):
+    with pytest.raises(PlanError, match=r"prune_plan\.json is damaged"):
         PrunePlan.from_dict(PLAN.to_dict() | change)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON.*restore prune_plan.json"),
+        ("", "prune_plan.json is not valid JSON.*restore it"),
         ('{"schema": 1, "cycles": [', "not valid JSON"),
-        ('{"schema": 2, "cycles": []}', "no plan of schema 1; install the version of hf_camphive that wrote it"),
-        ('{"cycles": []}', "no plan of schema 1"),
-        ("[]", "no plan of schema 1"),
-        ('{"schema": 1}', "it has no cycles"),
-        ('{"schema": 1, "cycles": 5}', "it has no cycles"),
-        ('{"schema": 1, "cycles": [5]}', "no plan of hf_camphive"),
-        ('{"schema": 1, "cycles": [null]}', "no plan of hf_camphive"),
+        (b"\xff", "not valid JSON"),
+        ('{"schema": 2, "cycles": []}', "has schema 2, not 1; install the version of hf_camphive that wrote it"),
+        ('{"cycles": []}', "has schema None, not 1"),
+        ("[]", "holds a value of type list, not a table"),
+        ('{"schema": 1}', "is damaged .it lacks 'cycles'."),
+        ('{"schema": 1, "cycles": 5}', "is damaged"),
+        ('{"schema": 1, "cycles": [5]}', "is damaged"),
+        ('{"schema": 1, "cycles": [null]}', "is damaged"),
     ],
     ids=repr,
 )

@@ -74,11 +74,18 @@ def test_rows_kept_before_notes_were_are_read():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema": 2, "rows": [], "settings": {}}', '{"schema": 1, "rows": [{"cell": 1}]}']
+    ("text", "fault"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "type list"),
+        ("{}", "schema None"),
+        ('{"schema": 2, "rows": [], "settings": {}}', "schema 2, not 1"),
+        ('{"schema": 1, "rows": [{"cell": 1}]}', "damaged .* restore it, or choose another --output-dir"),
+    ],
 )
-def test_damaged_json_is_refused_by_name(text):
-    with pytest.raises(OutputError, match=r"results.json is not a comparison's results"):
-        Results.from_json(text, "results.json")
+def test_damaged_json_is_refused_by_name(text, fault):
+    with pytest.raises(OutputError, match=f"there/results.json .*{fault}"):
+        Results.from_json(text, "there/results.json")
 
 
 def test_a_row_takes_the_place_of_the_same_run_and_of_its_failure():

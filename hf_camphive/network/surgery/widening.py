@@ -5,7 +5,6 @@ arXiv:1511.05641) says how: a channel is split into copies, and whatever reads i
 """
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_camphive.core.errors import PlanError, did_you_mean
 from hf_camphive.core.plan import ChannelGroup, Slot
+from hf_camphive.core.records import RecordFormat
 from hf_camphive.core.runtime import float64_device, to_float64
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
@@ -22,7 +22,7 @@ from hf_camphive.network.modeling.modeling_camphive import shortcuts_of
 from hf_camphive.network.surgery.cutting import rebuilt
 
 EXPANSION_FILE = "expansion.json"
-SCHEMA = 1
+FORMAT = RecordFormat(EXPANSION_FILE, PlanError)
 _TOLERANCE = 1e-8  # relative, in float64
 
 
@@ -62,7 +62,7 @@ class Expansion:
 
     def to_json(self) -> str:
         """The text of `expansion.json`."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        return FORMAT.write(asdict(self))
 
 
 def expand(
