@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from hf_camphive.core.config import CampHiVeConfig, choices
+from hf_camphive.core.config import FROM_TEXT, CampHiVeConfig, choices, without_texts
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.methods import PRESETS
 
 BUNDLED_MODEL = "digits_resnet"
+TEXT_EXAMPLES = {"keep": "Such as 'layer4.*,conv1'.", "layer_max_ratio": "Such as 'layer1.*=0.3,conv1=0'."}
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -131,14 +132,25 @@ def config_options(without: Sequence[str] = (), **defaults: Any) -> type:
     """Return a dataclass with the config's fields as options, except those in `without`.
 
     Choices are those of this moment, so that methods registered from outside the package are among them. `defaults`
-    replace the config's.
+    replace the config's. `config_from` makes a config of the parsed options.
     """
     options = []
-    for f in fields(CampHiVeConfig):
-        if f.name not in without:
+    for f in (f for f in fields(CampHiVeConfig) if f.name not in without):
+        if f.name in FROM_TEXT:
+            options.append((f.name, str, _option("", f"{f.metadata['help']} {TEXT_EXAMPLES[f.name]}")))
+        else:
             kind = Literal[names] if (names := choices(f.name)) else f.type
             options.append((f.name, kind, field(default=defaults.get(f.name, f.default), metadata=f.metadata)))
     return make_dataclass("ConfigOptions", options)
+
+
+def config_from(options: Any, **settings: Any) -> CampHiVeConfig:
+    """Return the config that parsed `config_options` describe, with further settings.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+    return CampHiVeConfig(**without_texts(vars(options)), **settings)
 
 
 def preset_options() -> type:

@@ -20,6 +20,7 @@ from hf_camphive.cli.arguments import (
     ExpandArguments,
     ModelArguments,
     RunArguments,
+    config_from,
     config_options,
     listed,
     numbers,
@@ -80,7 +81,7 @@ def prune(arguments: Sequence[str]) -> None:
     """Prune a network, finetune it, save it, and print what came of it."""
     kinds = (ModelArguments, DataArguments, RunArguments, preset_options(), config_options())
     model, data, run, _, options = parse(prune, arguments, *kinds)
-    config = CampHiVeConfig(**vars(options))
+    config = config_from(options)
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     if data.streaming and config.num_train_epochs and not data.max_train_samples:
@@ -283,7 +284,7 @@ def compare(arguments: Sequence[str]) -> None:
     described = {**asdict(data), "dataset": data.dataset or _usual_dataset(model.model)}
     del described["dataloader_num_workers"]  # changes nothing but time
     folder = asked.output_dir or f"outputs/{_short(model.model)}-comparison"
-    config = CampHiVeConfig(target_macs=0.5, **vars(chosen))  # each run has its own
+    config = config_from(chosen, target_macs=0.5)  # each run has its own
     comparison = Comparison(base, config, lambda run: _loaders(model, data, base.net, run), folder, data=described)
     _log_to_terminal(comparison.accelerator.is_local_main_process)
     results = comparison.run(cells)

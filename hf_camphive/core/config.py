@@ -4,7 +4,7 @@ Pure data: imports nothing but the standard library, the error types and the tab
 options and `camphive_config.json` are both made from these fields.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -75,8 +75,10 @@ class CampHiVeConfig:
     )
     min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
     max_ratio: float = _option(1.0, "Most that may go of each group's channels, as a share.")
-    layer_max_ratio: str = _option("", "The same for layers by name pattern: 'layer1.*=0.3,conv1=0'.")
-    keep: str = _option("", "Layers that stay as they are, by name pattern: 'layer4.*,conv1'.")
+    layer_max_ratio: dict[str, float] = field(
+        default_factory=dict, hash=False, metadata={"help": "The same for layers by name pattern."}
+    )
+    keep: tuple[str, ...] = _option((), "Layers that stay as they are, by name pattern.")
     granularity: Literal["channel", "weight"] = _option(
         "channel", "Cut channels, or zero single weights as CAMP-HiVe does, which saves neither MACs nor time."
     )
@@ -128,12 +130,15 @@ class CampHiVeConfig:
     head_epochs: float = _option(2.0, "Epochs that a replaced classifier is trained for before pruning.")
 
     def __post_init__(self) -> None:
+        _check_patterns(self)
+        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "layer_max_ratio", dict(self.layer_max_ratio))
         _check_types(self)
         for name, (least, example, unit) in _BUDGETS.items():
             if (value := getattr(self, name)) is not None:
                 _check_budget(name, value, least, example, unit)
         _require(0 <= self.max_ratio <= 1, f"max_ratio is {self.max_ratio}; it is a share between 0 and 1")
-        for pattern, ratio in self.layer_ratios.items():
+        for pattern, ratio in self.layer_max_ratio.items():
             _require(0 <= ratio <= 1, f"layer_max_ratio is {ratio} for {pattern!r}; it is a share between 0 and 1")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
@@ -205,31 +210,16 @@ class CampHiVeConfig:
         usual = 0 if self.num_train_epochs else USUAL_POLISH_STEPS
         return usual if self.polish_steps is None else self.polish_steps
 
-    @property
-    def kept_layers(self) -> tuple[str, ...]:
-        """The patterns in `keep`."""
-        return tuple(pattern.strip() for pattern in self.keep.split(",") if pattern.strip())
-
-    @property
-    def layer_ratios(self) -> dict[str, float]:
-        """`layer_max_ratio` by pattern; raises `ConfigError` on an item that is not PATTERN=SHARE."""
-        ratios = {}
-        for item in self.layer_max_ratio.split(",") if self.layer_max_ratio else ():
-            pattern, _, share = (part.strip() for part in item.rpartition("="))
-            try:
-                ratios[pattern] = float(share)
-            except ValueError:
-                pattern = ""
-            _require(pattern != "", f"layer_max_ratio has {item!r}; write PATTERN=SHARE, such as 'layer1.*=0.3'")
-        return ratios
-
     def as_run(self) -> dict[str, Any]:
-        """What a report says of the run: the settings, with the criterion that scored."""
-        return asdict(replace(self, criterion=self.scored_by))
+        """Return the settings as a report holds them: plain values, with the criterion that scored."""
+        return replace(self, criterion=self.scored_by)._plain()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the number of their layout, as `camphive_config.json` holds them."""
-        return {"schema": FORMAT.schema, **asdict(self)}
+        """Return the settings and the number of their layout, as `camphive_config.json` holds them."""
+        return {"schema": FORMAT.schema, **self._plain()}
+
+    def _plain(self) -> dict[str, Any]:
+        return {**asdict(self), "keep": list(self.keep)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CampHiVeConfig":
@@ -242,7 +232,7 @@ class CampHiVeConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `camphive_config.json` into an existing folder."""
-        Path(folder, CONFIG_FILE).write_text(FORMAT.write(asdict(self)), encoding="utf-8")
+        Path(folder, CONFIG_FILE).write_text(FORMAT.write(self._plain()), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CampHiVeConfig":
@@ -265,7 +255,7 @@ class CampHiVeConfig:
             if key not in known:
                 hint = did_you_mean(key, known, otherwise=f"known keys: {', '.join(known)}")
                 raise ConfigError(f"unknown key {key!r} in the config; {hint}")
-        return cls(**values)
+        return cls(**without_texts(values))
 
 
 # These have no part in zeroing weights.
@@ -306,6 +296,39 @@ _BUDGETS = {  # option: least number that is no fraction, example, unit
     "target_params": (1000, "0.5", "parameters"),
     "target_latency": (0, "0.5", "milliseconds a batch"),
 }
+
+
+def without_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which `keep` is a list and `layer_max_ratio` a table, where they are comma-separated texts.
+
+    Texts are what the command line gives and what older files hold: "layer4.*,conv1" and "layer1.*=0.3,conv1=0".
+
+    Raises:
+        ConfigError: An item of `layer_max_ratio` is not PATTERN=SHARE.
+    """
+    return {
+        key: FROM_TEXT[key](value) if key in FROM_TEXT and type(value) is str else value
+        for key, value in values.items()
+    }
+
+
+def _patterns(text: str) -> list[str]:
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
+
+
+def _ratios(text: str) -> dict[str, float]:
+    ratios = {}
+    for item in text.split(",") if text else ():
+        pattern, _, share = (part.strip() for part in item.rpartition("="))
+        try:
+            ratios[pattern] = float(share)
+        except ValueError:
+            pattern = ""
+        _require(pattern != "", f"layer_max_ratio has {item!r}; write PATTERN=SHARE, such as 'layer1.*=0.3'")
+    return ratios
+
+
+FROM_TEXT: dict[str, Callable[[str], Any]] = {"keep": _patterns, "layer_max_ratio": _ratios}
 
 
 def _check_budget(name: str, value: float, least: float, example: str, unit: str) -> None:
@@ -375,11 +398,28 @@ def choices(name: str) -> tuple[str, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
+def _check_patterns(config: CampHiVeConfig) -> None:
+    keep, ratios = config.keep, config.layer_max_ratio
+    _require(
+        isinstance(keep, (tuple, list)) and all(isinstance(pattern, str) for pattern in keep),
+        f"keep is {keep!r}; it must be a tuple of patterns, such as ('layer4.*', 'conv1')",
+    )
+    _require(
+        isinstance(ratios, Mapping)
+        and all(isinstance(pattern, str) and _is_number(share) for pattern, share in ratios.items()),
+        f"layer_max_ratio is {ratios!r}; it must be a table of shares by pattern, such as {{'layer1.*': 0.3}}",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
 def _check_types(config: CampHiVeConfig) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         kind = type(config).__annotations__[f.name]  # f.type is changed by HfArgumentParser
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)  # `_check_patterns` has checked the others
         if value is None and NoneType in kinds:
             continue
         if names := choices(f.name):
@@ -391,5 +431,4 @@ def _check_types(config: CampHiVeConfig) -> None:
         elif int in kinds:
             _require(type(value) is int, f"{f.name} is {value!r}; it must be a whole number")
         elif float in kinds:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-            _require(number, f"{f.name} is {value!r}; it must be a finite number")
+            _require(_is_number(value), f"{f.name} is {value!r}; it must be a finite number")

@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -348,7 +348,7 @@ def _in_memory(loader: DataLoader) -> DataLoader:
 
 def _settings(base: BaseModel, config: CampHiVeConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     """What all rows of one file have in common, as JSON has it."""
-    shared = {key: value for key, value in asdict(config).items() if key not in GRID}
+    shared = {key: value for key, value in config.to_dict().items() if key not in ("schema", *GRID)}
     described = {key: published(value) if isinstance(value, str) else value for key, value in data.items()}
     model = {"model": published(base.model_id), "architecture": base.architecture, "revision": base.revision}
     return {**model, "weights": weights_fingerprint(base.net), **described, **shared}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import mean, stdev
 from typing import Any
 
+from hf_camphive.core.config import without_texts
 from hf_camphive.core.errors import OutputError
 from hf_camphive.core.records import RecordFormat
 
@@ -149,7 +150,8 @@ class Results:
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> "Results":
-        return cls(**values | {"rows": tuple(_row(**row) for row in values["rows"])})
+        rows = tuple(_row(**row) for row in values["rows"])
+        return cls(**values | {"settings": without_texts(values["settings"]), "rows": rows})
 
     def to_csv(self) -> str:
         """One line a row, shares in [0, 1]; seconds of each step in a column of its own."""

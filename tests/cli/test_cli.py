@@ -23,7 +23,7 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive.cli import main as cli
-from hf_camphive.cli.arguments import config_options, parse, preset_options
+from hf_camphive.cli.arguments import config_from, config_options, parse, preset_options
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.measures import format_count, format_share
@@ -94,7 +94,7 @@ def tables(tmp_path_factory) -> Path:
 
 
 def parsed(*arguments: str) -> CampHiVeConfig:
-    return CampHiVeConfig(**vars(parse(cli.prune, [*map(str, arguments)], preset_options(), config_options())[1]))
+    return config_from(parse(cli.prune, [*map(str, arguments)], preset_options(), config_options())[1])
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -116,6 +116,12 @@ def test_presets_are_offered_by_name(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Recipe: sets several of the options below" in shown and "scored." in shown
     assert re.search(r"--criterion .*?\(default: hap\)", shown) and re.search(r"--merge .*?\(default: none\)", shown)
+
+
+def test_patterns_are_listed_with_commas():
+    config = parsed("--keep", "layer4.*, conv1", "--layer-max-ratio", "layer1.*=0.3,fc=0")
+    assert config == CampHiVeConfig(keep=("layer4.*", "conv1"), layer_max_ratio={"layer1.*": 0.3, "fc": 0})
+    assert parsed() == CampHiVeConfig()
 
 
 # Mistakes
@@ -147,6 +153,8 @@ def test_presets_are_offered_by_name(capsys):
         (["--preset", "camphive-paper-weights", "--dry-run"], "cuts nothing that a plan could show"),
         (["--granularity", "weight"], "start from preset camphive-paper-weights"),
         (["--distillation", "2"], "a share between 0 and 1"),
+        (["--layer-max-ratio", "conv1"], "layer_max_ratio has 'conv1'; write PATTERN=SHARE"),
+        (["--keep", "conv9*"], "keep: no layer of this network matches 'conv9.'"),
         (["--push-to-hub"], "add --hub-model-id user/name"),
         (["--dry-run", "--resume"], "nothing to push or to resume"),
         (["--dry-run", "--push-to-hub", "--hub-model-id", "a/b"], "nothing to push or to resume"),

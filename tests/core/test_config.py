@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from hf_camphive.core.config import CONFIG_FILE, CampHiVeConfig, choices
+from hf_camphive.core.config import CONFIG_FILE, CampHiVeConfig, choices, without_texts
 from hf_camphive.core.errors import CampHiVeError, ConfigError
 from hf_camphive.core.methods import PRESETS
 
@@ -14,18 +14,18 @@ REAL = [f.name for f in fields(CampHiVeConfig) if f.type is float]
 OPTIONAL_WHOLE = [f.name for f in fields(CampHiVeConfig) if f.type == int | None]
 OPTIONAL_REAL = [f.name for f in fields(CampHiVeConfig) if f.type == float | None]
 CHOICES = [f.name for f in fields(CampHiVeConfig) if choices(f.name)]
-TEXT = [f.name for f in fields(CampHiVeConfig) if f.type is str and f.name not in CHOICES]
 SWITCHES = [f.name for f in fields(CampHiVeConfig) if f.type is bool]
 WEIGHTS = dict(PRESETS["camphive-paper-weights"].settings)
 OTHER = CampHiVeConfig(
     **{"target_macs": 123456.0, "cycles": 3, "criterion": "hive", "merge": "cyclic", "scope": "all", "round_to": 8},
     **{"seed": 7, "calibration_size": 99, "curvature": "hessian", "optimizer": "adamw", "mixed_precision": "bf16"},
     **{"num_train_epochs": 0.5, "label_smoothing": 0.1, "distillation": 1.0, "warmup_ratio": 0},
+    **{"keep": ("layer4.*", "conv1"), "layer_max_ratio": {"layer1.*": 0.3}},
 )
 
 
 def test_every_field_is_checked_by_its_type():
-    kinds = WHOLE + REAL + OPTIONAL_WHOLE + OPTIONAL_REAL + CHOICES + TEXT + SWITCHES
+    kinds = WHOLE + REAL + OPTIONAL_WHOLE + OPTIONAL_REAL + CHOICES + SWITCHES + ["keep", "layer_max_ratio"]
     assert sorted(kinds) == sorted(f.name for f in fields(CampHiVeConfig))
     assert all(f.metadata["help"] for f in fields(CampHiVeConfig))
 
@@ -60,11 +60,10 @@ def test_optional_real_numbers(name, value):
         CampHiVeConfig(**{name: value})
 
 
-@pytest.mark.parametrize(("names", "value", "kind"), [(TEXT, ["a"], "text"), (SWITCHES, 1, "true or false")])
-def test_texts_and_switches(names, value, kind):
-    for name in names:
-        with pytest.raises(ConfigError, match=f"^{name} is .*; it must be {kind}"):
-            CampHiVeConfig(**{name: value})
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches(name):
+    with pytest.raises(ConfigError, match=f"^{name} is 1; it must be true or false"):
+        CampHiVeConfig(**{name: 1})
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -111,10 +110,14 @@ def test_choices(name):
         ({"target_latency": 0.0}, "target_latency is 0.0; give a fraction such as 0.5, or a number of milliseconds"),
         ({"latency_batch_size": 0}, "latency_batch_size is 0; it must be at least 1"),
         ({"max_ratio": 1.2}, "max_ratio is 1.2; it is a share between 0 and 1"),
-        ({"layer_max_ratio": "conv1=1.2"}, "layer_max_ratio is 1.2 for 'conv1'; it is a share between 0 and 1"),
-        ({"layer_max_ratio": "conv1=0.5,fc"}, "layer_max_ratio has 'fc'; write PATTERN=SHARE, such as"),
-        ({"layer_max_ratio": "=0.5"}, "layer_max_ratio has '=0.5'; write PATTERN=SHARE"),
-        ({"layer_max_ratio": "conv1=half"}, "layer_max_ratio has 'conv1=half'; write PATTERN=SHARE"),
+        ({"layer_max_ratio": {"conv1": 1.2}}, "layer_max_ratio is 1.2 for 'conv1'; it is a share between 0 and 1"),
+        ({"layer_max_ratio": {"conv1": "half"}}, "layer_max_ratio is {'conv1': 'half'}; it must be a table of shares"),
+        ({"layer_max_ratio": {"conv1": True}}, "it must be a table of shares by pattern"),
+        ({"layer_max_ratio": {1: 0.5}}, "it must be a table of shares by pattern, such as {'layer1.*': 0.3}"),
+        ({"layer_max_ratio": "conv1=0.5"}, "layer_max_ratio is 'conv1=0.5'; it must be a table"),
+        ({"keep": "conv1"}, r"keep is 'conv1'; it must be a tuple of patterns, such as \('layer4"),
+        ({"keep": ("conv1", 2)}, "it must be a tuple of patterns"),
+        ({"keep": None}, "it must be a tuple of patterns"),
         ({"cycles": 0}, "cycles is 0; it must be at least 1"),
         ({"round_to": 0}, "round_to is 0; it must be at least 1"),
         ({"min_channels": -3}, "min_channels is -3; it must be at least 1"),
@@ -221,10 +224,25 @@ def test_widths_are_in_eights_where_time_counts():
     assert CampHiVeConfig(target_latency=0.5, round_to=4).width_step == 4
 
 
-def test_patterns_are_listed_with_commas():
-    config = CampHiVeConfig(keep="layer4.*, conv1", layer_max_ratio="layer1.*=0.3, fc=0")
-    assert config.kept_layers == ("layer4.*", "conv1") and config.layer_ratios == {"layer1.*": 0.3, "fc": 0.0}
-    assert CampHiVeConfig().kept_layers == () and CampHiVeConfig().layer_ratios == {}
+def test_patterns_are_values():
+    given = {"keep": ["layer4.*", "conv1"], "layer_max_ratio": {"layer1.*": 0.3, "fc": 0}}
+    config = CampHiVeConfig(**given)
+    assert config.keep == ("layer4.*", "conv1") and config.layer_max_ratio == {"layer1.*": 0.3, "fc": 0}
+    assert config.to_dict()["keep"] == ["layer4.*", "conv1"] == config.as_run()["keep"]
+    given["layer_max_ratio"]["fc"] = 1  # the config has its own
+    assert config.layer_max_ratio["fc"] == 0 and CampHiVeConfig().layer_max_ratio == {}
+
+
+def test_patterns_in_older_files_are_texts(tmp_path):
+    texts = {"schema": 1, "keep": "layer4.*, conv1", "layer_max_ratio": "layer1.*=0.3, fc=0"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(texts))
+    expected = CampHiVeConfig(keep=("layer4.*", "conv1"), layer_max_ratio={"layer1.*": 0.3, "fc": 0.0})
+    assert CampHiVeConfig.from_dict(texts) == CampHiVeConfig.from_pretrained(tmp_path) == expected
+    assert CampHiVeConfig.from_dict({"keep": "", "layer_max_ratio": ""}) == CampHiVeConfig()
+    assert without_texts({"keep": "a", "seed": 1, "model": "x,y"}) == {"keep": ["a"], "seed": 1, "model": "x,y"}
+    for text, item in (("conv1=0.5,fc", "fc"), ("=0.5", "=0.5"), ("conv1=half", "conv1=half")):
+        with pytest.raises(ConfigError, match=f"layer_max_ratio has '{item}'; write PATTERN=SHARE, such as"):
+            CampHiVeConfig.from_dict({"layer_max_ratio": text})
 
 
 def test_refusals_are_of_the_common_kinds():
@@ -238,7 +256,7 @@ def test_round_trips(config, tmp_path):
     config.save_pretrained(tmp_path)
     assert CampHiVeConfig.from_pretrained(tmp_path) == config
     stored = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert stored.pop("schema") == 1 and stored == vars(config)
+    assert stored.pop("schema") == 1 and stored == {**vars(config), "keep": list(config.keep)}
 
 
 def test_configs_are_values():

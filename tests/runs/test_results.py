@@ -65,6 +65,13 @@ def test_json_gives_everything_back():
     assert again == RESULTS and again.summaries() == RESULTS.summaries()
 
 
+def test_settings_kept_as_texts_are_those_of_today():
+    values = json.loads(RESULTS.to_json())
+    values["settings"] |= {"keep": "", "layer_max_ratio": "conv1=0.5"}
+    found = Results.from_json(json.dumps(values), "here").settings
+    assert not differences(found, RESULTS.settings | {"keep": [], "layer_max_ratio": {"conv1": 0.5}})
+
+
 def test_rows_kept_before_notes_were_are_read():
     values = json.loads(RESULTS.to_json())
     for kept in values["rows"]:

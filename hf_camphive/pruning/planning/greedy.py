@@ -86,7 +86,7 @@ def how_to_reach_lower(config: CampHiVeConfig) -> str:
     """What else would let a lower budget be met: the end of an error's message."""
     ways = ["set scope to all"] * (config.scope == "interior")
     ways += ["keep fewer layers"] * bool(config.keep)
-    ways += ["raise the ratio limits"] * bool(config.max_ratio < 1 or config.layer_ratios)
+    ways += ["raise the ratio limits"] * bool(config.max_ratio < 1 or config.layer_max_ratio)
     return "".join(f", or {way}" for way in ways)
 
 

@@ -28,7 +28,7 @@ def floors(
     """
     groups = tuple(groups)
     layers = sorted({_layer(slot.tensor) for group in groups for slot in group.slots})
-    kept = _kept_layers(layers, config.kept_layers)
+    kept = _kept_layers(layers, config.keep)
     most = _most_ratio(layers, config)
     free = {
         group.name: group
@@ -62,7 +62,7 @@ def _kept_layers(layers: list[str], patterns: Iterable[str]) -> frozenset[str]:
 def _most_ratio(layers: list[str], config: CampHiVeConfig) -> dict[str, float]:
     """Share of its channels that each layer may lose: the least of the patterns that match it, else `max_ratio`."""
     special: dict[str, float] = {}
-    for pattern, ratio in config.layer_ratios.items():
+    for pattern, ratio in config.layer_max_ratio.items():
         for layer in _matching(layers, pattern, "layer_max_ratio"):
             special[layer] = min(ratio, special.get(layer, 1.0))
     return {layer: special.get(layer, config.max_ratio) for layer in layers}
