@@ -21,7 +21,7 @@ from typing import Any
 
 from networks import NETWORKS, Network, base_of, folder_of
 
-from hf_camphive import CampHiVeConfig, load_loaders
+from hf_camphive import CampHiVeConfig, DataOptions, load_loaders
 from hf_camphive.core.errors import CampHiVeError
 from hf_camphive.core.runtime import keep_freed_memory
 from hf_camphive.pruning.merging.rules import MERGE_RULES
@@ -87,7 +87,7 @@ def open_comparison(
     return Comparison(
         base,
         CampHiVeConfig(num_train_epochs=options.epochs, polish_steps=options.polish_steps),
-        lambda config: load_loaders(dataset, base.net, config, max_eval_samples=options.max_eval_samples),
+        lambda config: load_loaders(dataset, base.net, config, DataOptions(max_eval_samples=options.max_eval_samples)),
         results / f"{name}{trained}",
         data={"dataset": network.dataset, "max_eval_samples": options.max_eval_samples},
         methods=methods,

@@ -19,6 +19,7 @@ _HOMES = {
     "CampHiVePruner": "hf_camphive.runs.pruner",
     "CampHiVeError": "hf_camphive.core.errors",
     "CampHiVeForImageClassification": "hf_camphive.network.modeling.modeling_camphive",
+    "DataOptions": "hf_camphive.training.data.loaders",
     "PrunePlan": "hf_camphive.core.plan",
     "expand": "hf_camphive.network.surgery.widening",
     "fold": "hf_camphive.network.surgery.folding",

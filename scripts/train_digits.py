@@ -22,7 +22,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.measures import Accuracy
 from hf_camphive.core.runtime import make_accelerator
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.training.data.loaders import Loaders, load_loaders
+from hf_camphive.training.data.loaders import DataOptions, Loaders, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.finetuning import finetune
 
@@ -72,7 +72,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     set_seed(CONFIG.seed)
     net = timm.create_model(name)
-    loaders = load_loaders("digits", net, CONFIG, workers=0)
+    loaders = load_loaders("digits", net, CONFIG, DataOptions(workers=0))
     accelerator = make_accelerator(CONFIG)
     finetune(net, loaders, CONFIG, accelerator)
     accuracies = [

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 import hf_camphive
-from hf_camphive import CampHiVeConfig, CampHiVePruner, load_base, load_loaders
+from hf_camphive import CampHiVeConfig, CampHiVePruner, DataOptions, load_base, load_loaders
 from hf_camphive.core.plan import PrunePlan, plans_to_json
 from hf_camphive.core.runtime import environment
 from hf_camphive.hub.report import PruneReport
@@ -94,7 +94,9 @@ def two_cycles_of_digits() -> dict:
         mixed_precision="no",
     )
     base = load_base("digits_resnet")
-    loaders = load_loaders("digits", base.net, config, max_train_samples=128, max_eval_samples=64, workers=0)
+    loaders = load_loaders(
+        "digits", base.net, config, DataOptions(max_train_samples=128, max_eval_samples=64, workers=0)
+    )
     pruner = CampHiVePruner(base, config)
     pruner.run(loaders)
     return described(pruner.plans, pruner.net)

@@ -362,12 +362,9 @@ def _load(model: ModelArguments) -> Any:
 
 
 def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) -> Any:
-    from hf_camphive.training.data.loaders import load_loaders
+    from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
-    return load_loaders(
-        data.dataset or _usual_dataset(model.model),
-        net,
-        config,
+    options = DataOptions(
         config_name=data.dataset_config_name,
         image_column=data.image_column_name,
         label_column=data.label_column_name,
@@ -376,6 +373,7 @@ def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) 
         max_train_samples=data.max_train_samples,
         max_eval_samples=data.max_eval_samples,
     )
+    return load_loaders(data.dataset or _usual_dataset(model.model), net, config, options)
 
 
 def _usual_dataset(model: str) -> str:

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,13 +46,20 @@ class Base(Protocol):
     label_names: tuple[str, ...] | None
 
 
+@dataclass(frozen=True)
+class PrunedModel:
+    """What a folder holds: the network, the dense one that it comes from, and how it came about."""
+
+    net: nn.Module
+    base: Base
+    config: CampHiVeConfig
+    plans: Sequence[PrunePlan]
+    report: PruneReport
+
+
 def save_folder(
     folder: str | Path,
-    net: nn.Module,
-    base: Base,
-    config: CampHiVeConfig,
-    plans: Iterable[PrunePlan],
-    report: PruneReport,
+    model: PrunedModel,
     plots_from: Callable[[Path], Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -65,16 +73,16 @@ def save_folder(
     """
 
     def fill(temporary: Path) -> None:
-        _model(net, base).save_pretrained(temporary)
-        config.save_pretrained(temporary)
-        Path(temporary, PLAN_FILE).write_text(plans_to_json(plans), encoding="utf-8")
-        Path(temporary, REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        _transformers_model(model.net, model.base).save_pretrained(temporary)
+        model.config.save_pretrained(temporary)
+        Path(temporary, PLAN_FILE).write_text(plans_to_json(model.plans), encoding="utf-8")
+        Path(temporary, REPORT_FILE).write_text(model.report.to_json(), encoding="utf-8")
         plots = Path(temporary, PLOTS_FOLDER)
         if plots_from is not None:
             plots.mkdir()
             plots_from(plots)
         pictures = sorted(path.name for path in plots.glob("*.png"))
-        Path(temporary, CARD_FILE).write_text(render_card(report, None, pictures), encoding="utf-8")
+        Path(temporary, CARD_FILE).write_text(render_card(model.report, None, pictures), encoding="utf-8")
 
     return _written(folder, fill, overwrite)
 
@@ -90,7 +98,7 @@ def save_expanded(
     """Write a widened network, to train and prune again; `plans` tell what had been cut before. As `save_folder`."""
 
     def fill(temporary: Path) -> None:
-        _model(net, base).save_pretrained(temporary)
+        _transformers_model(net, base).save_pretrained(temporary)
         Path(temporary, PLAN_FILE).write_text(plans_to_json(plans), encoding="utf-8")
         Path(temporary, EXPANSION_FILE).write_text(expansion.to_json(), encoding="utf-8")
         Path(temporary, CARD_FILE).write_text(render_expansion_card(expansion), encoding="utf-8")
@@ -150,7 +158,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} holds a pruned model; choose another folder, or overwrite it (--overwrite)")
 
 
-def _model(net: nn.Module, base: Base) -> CampHiVeForImageClassification:
+def _transformers_model(net: nn.Module, base: Base) -> CampHiVeForImageClassification:
     labels = {} if base.label_names is None else {"id2label": dict(enumerate(base.label_names))}
     return CampHiVeForImageClassification.from_timm(net, base.architecture, base.model_args, **labels)
 

@@ -107,7 +107,8 @@ def save_progress(
     if progress.dense is not None:
         nets = [(_DENSE, progress.dense, ()), *nets]
     for name, net, plans in nets:
-        saving.save_folder(work_dir / name, net, base, config, plans, progress.report, overwrite=True)
+        model = saving.PrunedModel(net, base, config, plans, progress.report)
+        saving.save_folder(work_dir / name, model, overwrite=True)
 
 
 def put_back(work_dir: Path) -> None:

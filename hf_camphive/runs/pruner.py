@@ -204,16 +204,9 @@ class CampHiVePruner:
 
         def save() -> Path:
             scores = {name: values.tolist() for name, values in self.scores.items()}
-            return saving.save_folder(
-                folder,
-                _on_disk(self.net),
-                self.base,
-                self.config,
-                [*self.base.plans, *self.plans],
-                report,
-                lambda plots: draw_plots(report, scores, plots),
-                overwrite,
-            )
+            plans = [*self.base.plans, *self.plans]
+            model = saving.PrunedModel(_on_disk(self.net), self.base, self.config, plans, report)
+            return saving.save_folder(folder, model, lambda plots: draw_plots(report, scores, plots), overwrite)
 
         return self.cycle.workers.on_main(save)
 

@@ -70,8 +70,12 @@ REPORT = PruneReport(
 )
 
 
+def model(net: nn.Module = NET) -> hub.PrunedModel:
+    return hub.PrunedModel(net, Base(), CampHiVeConfig(), (PLAN,), REPORT)
+
+
 def save(folder: Path, plots_from=lambda plots: Path(plots, "widths.png").write_bytes(b"png"), **kwargs) -> Path:
-    return hub.save_folder(folder, NET, Base(), CampHiVeConfig(), (PLAN,), REPORT, plots_from, **kwargs)
+    return hub.save_folder(folder, model(), plots_from, **kwargs)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -137,13 +141,13 @@ def test_every_reader_gives_the_same_logits(folder, photo, pixels, logits):
 
 def test_kwargs_reach_transformers(folder):
     assert hub.from_pretrained(folder, dtype=torch.float16).dtype == torch.float16
-    model = hub.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
-    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 3)
+    resized = hub.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert resized(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 3)
 
 
 def test_a_network_on_channels_last_is_saved_alike(folder, tmp_path):
     net = copy.deepcopy(NET).to(memory_format=torch.channels_last).train()
-    hub.save_folder(tmp_path, net, Base(), CampHiVeConfig(), (PLAN,), REPORT)
+    hub.save_folder(tmp_path, model(net))
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert net.training
 

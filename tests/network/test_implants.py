@@ -33,7 +33,7 @@ from hf_camphive.pruning.planning.costs import CostModel
 from hf_camphive.pruning.planning.greedy import make_plan
 from hf_camphive.pruning.planning.implants import implantable_groups, macs_after, with_implants
 from hf_camphive.runs.pruner import CampHiVePruner
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
 CUTS = (
     ChannelCut("stem", (1, 2, 5), (), (0,)),
@@ -245,7 +245,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         time_briefly(patch)
         job = CampHiVePruner("digits_resnet", config)
-        job.run(load_loaders("digits", job.base.net, config, workers=0, max_train_samples=128, max_eval_samples=50))
+        options = DataOptions(workers=0, max_train_samples=128, max_eval_samples=50)
+        job.run(load_loaders("digits", job.base.net, config, options))
         job.net.layer1[0].conv2.reads.weight.data.normal_(std=0.1)  # implants that say something
         return job, job.save_pretrained(tmp_path_factory.mktemp("implants") / "saved")
 

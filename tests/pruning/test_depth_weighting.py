@@ -15,7 +15,7 @@ from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.scoring.depth_weighting import best_early_weight, weighed
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training.data.calibration import Calibration
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
 CONFIG = CampHiVeConfig(calibration_size=128, num_train_epochs=0, polish_steps=0, mixed_precision="no")
 
@@ -58,7 +58,7 @@ def test_the_first_that_brings_too_little_ends_the_search(losses, best, asked):
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     net = CampHiVePruner("digits_resnet", CONFIG).net
-    return Calibration.collect(load_loaders("digits", net, CONFIG, workers=0).calibration)
+    return Calibration.collect(load_loaders("digits", net, CONFIG, DataOptions(workers=0)).calibration)
 
 
 def test_a_trial_is_a_plan_merged_and_cut_and_judged_by_images_it_has_not_seen(monkeypatch, calibration):

@@ -23,7 +23,7 @@ from hf_camphive.runs.comparison import Comparison, grid
 from hf_camphive.runs.cycle import PruningCycle
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.runs.results import Cell, Results, Row
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 
 CONFIG = CampHiVeConfig(num_train_epochs=0, polish_steps=0, mixed_precision="no", curvature_images=16, power_steps=3)
@@ -32,7 +32,7 @@ DATA = {"dataset": "digits"}
 
 
 def digits(config, dataset="digits"):
-    return load_loaders(dataset, BASE.net, config, workers=0, max_train_samples=128, max_eval_samples=100)
+    return load_loaders(dataset, BASE.net, config, DataOptions(workers=0, max_train_samples=128, max_eval_samples=100))
 
 
 def opened(folder, config=CONFIG, load=digits, **options):

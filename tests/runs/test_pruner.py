@@ -37,7 +37,7 @@ from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.runs import cycle, pruner
 from hf_camphive.runs.progress import IterationCheckpoint, load_progress, run_identity
 from hf_camphive.runs.pruner import CampHiVePruner
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 
 
@@ -374,7 +374,7 @@ def colours(tmp_path_factory) -> str:
 
 def on_colours(colours, config, **options) -> CampHiVePruner:
     job = CampHiVePruner("digits_resnet", config)
-    job.run(load_loaders(colours, job.base.net, config, workers=0), **options)
+    job.run(load_loaders(colours, job.base.net, config, DataOptions(workers=0)), **options)
     return job
 
 
@@ -395,7 +395,7 @@ def test_another_classifier_is_trained_and_reported(colours, tmp_path):
 
 def test_another_classifier_needs_training_images(colours):
     job = CampHiVePruner("digits_resnet", HEAD)
-    loaders = replace(load_loaders(colours, job.base.net, HEAD, workers=0), train=None)
+    loaders = replace(load_loaders(colours, job.base.net, HEAD, DataOptions(workers=0)), train=None)
     with pytest.raises(ConfigError, match=r"10 classes, the dataset 3 and no training split.*choose a dataset"):
         job.run(loaders)
 

@@ -6,7 +6,7 @@ from hf_camphive.runs import pruner
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.training import checkpoints
 from hf_camphive.training import finetuning as training
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
 CONFIG = CampHiVeConfig(
     calibration_size=64, num_train_epochs=0, mixed_precision="no", curvature_images=16, polish_steps=0
@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 def digits(net, config=CONFIG):
-    return load_loaders("digits", net, config, workers=0, max_train_samples=256, max_eval_samples=100)
+    return load_loaders("digits", net, config, DataOptions(workers=0, max_train_samples=256, max_eval_samples=100))
 
 
 def pruned(config=CONFIG, model="digits_resnet", **options) -> CampHiVePruner:

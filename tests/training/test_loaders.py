@@ -160,7 +160,7 @@ def write(kind, folder):
 @pytest.mark.parametrize("kind", ["save_to_disk", "parquet", "imagefolder"])
 def test_every_layout_gives_the_same_rows(kind, streaming, tmp_path, net):
     folder = write(kind, tmp_path / "dataset")
-    loaders = data.load_loaders(folder, net, config(), streaming=streaming, workers=0)
+    loaders = data.load_loaders(folder, net, config(), data.DataOptions(streaming=streaming, workers=0))
     assert loaders.info.label_names == tuple(NAMES)
     assert loaders.info.image_column == ("image" if kind == "imagefolder" else "img")
     assert loaders.info.dataset_id == folder and loaders.info.revision is None
@@ -184,7 +184,7 @@ def test_carved_splits_are_disjoint_and_repeat(streaming, tmp_path, net):
 
     def load(**values):
         options = config(per_device_train_batch_size=1, **values)
-        loaders = data.load_loaders(folder, net, options, streaming=streaming, workers=0)
+        loaders = data.load_loaders(folder, net, options, data.DataOptions(streaming=streaming, workers=0))
         return loaders, read_codes(loaders.calibration, net), read_codes(loaders.validation, net)
 
     loaders, calibration, validation = load()
@@ -205,7 +205,7 @@ def count_labels(loader):
 
 def test_a_stream_with_only_a_validation_split_is_divided(tmp_path, net):
     folder = save(tmp_path / "d", validation=rows(200))
-    loaders = data.load_loaders(folder, net, config(calibration_size=16), streaming=True, workers=0)
+    loaders = data.load_loaders(folder, net, config(calibration_size=16), data.DataOptions(streaming=True, workers=0))
     calibration, validation = read_codes(loaders.calibration, net), read_codes(loaders.validation, net)
     assert loaders.train is None and loaders.test is None
     assert calibration and not set(calibration) & set(validation)
@@ -213,8 +213,8 @@ def test_a_stream_with_only_a_validation_split_is_divided(tmp_path, net):
 
 def test_limits_on_streams(tmp_path, net):
     folder = save(tmp_path / "d", train=rows(100), test=rows(50, 2000))
-    options = {"streaming": True, "workers": 0, "max_train_samples": 10, "max_eval_samples": 7}
-    loaders = data.load_loaders(folder, net, config(per_device_train_batch_size=5), **options)
+    options = data.DataOptions(streaming=True, workers=0, max_train_samples=10, max_eval_samples=7)
+    loaders = data.load_loaders(folder, net, config(per_device_train_batch_size=5), options)
     assert len(loaders.train) == 2 and sum(count_labels(loaders.train).values()) == 10
     loaders.train.dataset.set_epoch(1)
     assert sum(count_labels(loaders.train).values()) == 10
@@ -226,7 +226,9 @@ def test_training_batches_are_shuffled_by_the_seed(tmp_path, net):
     folder = save(tmp_path / "d", train=rows(64), validation=rows(10, 1000))
 
     def order(seed):
-        loaders = data.load_loaders(folder, net, config(seed=seed, per_device_train_batch_size=64), workers=0)
+        loaders = data.load_loaders(
+            folder, net, config(seed=seed, per_device_train_batch_size=64), data.DataOptions(workers=0)
+        )
         return [read_labels(loaders.train), read_labels(loaders.train)]
 
     assert order(0) == order(0)
@@ -235,7 +237,7 @@ def test_training_batches_are_shuffled_by_the_seed(tmp_path, net):
 
 def test_worker_processes_give_the_same_batches(tmp_path, net):
     folder = save(tmp_path / "d", train=rows(64), validation=rows(10, 1000))
-    none, one = (data.load_loaders(folder, net, config(), workers=workers) for workers in (0, 1))
+    none, one = (data.load_loaders(folder, net, config(), data.DataOptions(workers=workers)) for workers in (0, 1))
     assert read_codes(none.calibration, net) == read_codes(one.calibration, net)
 
 
@@ -245,7 +247,9 @@ def test_images_are_decoded_only_when_a_batch_needs_them(tmp_path, net):
         lambda row, i: {"img": {"bytes": b"no image" if i == 7 else row["img"]["bytes"], "path": "7.png"}},
         with_indices=True,
     )
-    loaders = data.load_loaders(save(tmp_path / "d", train=rows(40), test=broken), net, config(), workers=0)
+    loaders = data.load_loaders(
+        save(tmp_path / "d", train=rows(40), test=broken), net, config(), data.DataOptions(workers=0)
+    )
     with pytest.raises(DataError, match=r"image 7.png cannot be decoded .*restore it or remove its row"):
         list(loaders.test)
 
@@ -260,7 +264,7 @@ def test_a_hub_id_an_alias_and_its_revision(tmp_path, net):
     made.rename(target.parent.mkdir(parents=True) or target)
     for file in target.glob("src-*.arrow"):
         file.rename(file.with_name(file.name.replace("src-", "cifar10-")))
-    info = data.load_loaders("cifar10", net, config(), workers=0).info
+    info = data.load_loaders("cifar10", net, config(), data.DataOptions(workers=0)).info
     assert (info.dataset_id, info.revision) == ("uoft-cs/cifar10", "a1" * 20)
 
 
@@ -269,14 +273,14 @@ def test_an_alias_is_never_taken_for_a_folder_of_that_name(tmp_path, net, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="uoft-cs/cifar10"):
         data.load_loaders("cifar10", net, config())
-    assert data.load_loaders("./cifar10", net, config(), workers=0).info.dataset_id == "./cifar10"
+    assert data.load_loaders("./cifar10", net, config(), data.DataOptions(workers=0)).info.dataset_id == "./cifar10"
 
 
 def test_integer_labels_keep_their_meaning(tmp_path):
     net = timm.create_model("cifar_resnet20", num_classes=1000)
     labels = [0, 217, 482, 497] * 10
     folder = save(tmp_path / "d", train=rows(40, feature=Value("int64"), labels=labels))
-    loaders = data.load_loaders(folder, net, config(), workers=0)
+    loaders = data.load_loaders(folder, net, config(), data.DataOptions(workers=0))
     assert set(read_labels(loaders.calibration)) == {0, 217, 482, 497}
     assert len(loaders.info.label_names) == 1000
 
@@ -330,7 +334,7 @@ def test_labels_have_a_digest_that_tells_one_changed_label(tmp_path, net):
 def test_fewer_rows_than_asked_for_are_all_used_and_said(tmp_path, net, caplog):
     folder = save(tmp_path / "d", train=rows(40), validation=rows(10, 1000))
     with caplog.at_level(logging.WARNING):
-        loaders = data.load_loaders(folder, net, config(calibration_size=1024), workers=0)
+        loaders = data.load_loaders(folder, net, config(calibration_size=1024), data.DataOptions(workers=0))
     assert loaders.info.rows["calibration"] == 40
     assert "all of the 40 rows there are, instead of 1024" in caplog.text
 
@@ -338,7 +342,7 @@ def test_fewer_rows_than_asked_for_are_all_used_and_said(tmp_path, net, caplog):
 def test_a_split_without_the_columns_is_left_out(tmp_path, net, caplog):
     folder = save(tmp_path / "d", train=rows(60), test=rows(10).remove_columns("label"))
     with caplog.at_level(logging.WARNING):
-        loaders = data.load_loaders(folder, net, config(), workers=0)
+        loaders = data.load_loaders(folder, net, config(), data.DataOptions(workers=0))
     assert loaders.test is None and "split 'test' lacks column" in caplog.text
 
 
@@ -346,16 +350,16 @@ def test_rows_without_a_label_are_told_in_every_form(tmp_path, net):
     labels = [None if i == 11 else i % 3 for i in range(30)]
     for streaming in (False, True):
         folder = save(tmp_path / f"n{streaming}", train=rows(60), test=rows(30, 1000, labels=labels))
-        loaders = data.load_loaders(folder, net, config(), workers=0, streaming=streaming)
+        loaders = data.load_loaders(folder, net, config(), data.DataOptions(workers=0, streaming=streaming))
         assert loaders.test is None
         folder = save(tmp_path / f"t{streaming}", train=rows(30, labels=labels))
         with pytest.raises(DataError, match="'train' has no labels in some of its rows"):
-            data.load_loaders(folder, net, config(), workers=0, streaming=streaming)
+            data.load_loaders(folder, net, config(), data.DataOptions(workers=0, streaming=streaming))
 
 
 def test_a_single_saved_dataset_is_the_training_split(tmp_path, net):
     rows(60).save_to_disk(tmp_path / "one")
-    loaders = data.load_loaders(str(tmp_path / "one"), net, config(), workers=0)
+    loaders = data.load_loaders(str(tmp_path / "one"), net, config(), data.DataOptions(workers=0))
     assert loaders.info.splits["train"] == "54 of 60 rows of train"
 
 
@@ -387,7 +391,7 @@ def test_folders_that_are_no_dataset(tmp_path, net):
 def test_an_unknown_config_name_says_which_flag(tmp_path, net):
     folder = write("imagefolder", tmp_path / "d")
     with pytest.raises(DataError, match=r"'nonsense' not found.*pass --dataset-config-name"):
-        data.load_loaders(folder, net, config(), config_name="nonsense")
+        data.load_loaders(folder, net, config(), data.DataOptions(config_name="nonsense"))
 
 
 # ---- digits ----
@@ -395,7 +399,7 @@ def test_an_unknown_config_name_says_which_flag(tmp_path, net):
 
 def test_digits_are_not_mirrored_and_fit_the_bundled_network():
     net = timm.create_model("digits_resnet")
-    loaders = data.load_loaders("digits", net, CampHiVeConfig(), workers=0)
+    loaders = data.load_loaders("digits", net, CampHiVeConfig(), data.DataOptions(workers=0))
     assert loaders.info.dataset_id == "digits" and loaders.info.label_names == tuple("0123456789")
     assert loaders.info.rows == {"calibration": 1024, "train": 1197, "validation": 300, "test": 300}
     assert next(iter(loaders.train))["pixel_values"].shape == (128, 3, 16, 16)
@@ -412,14 +416,16 @@ def test_digits_are_not_mirrored_and_fit_the_bundled_network():
 @pytest.mark.realdata
 @pytest.mark.skipif(not DATA.is_dir(), reason="real datasets are not beside the project")
 def test_real_datasets(net, tmp_path):
-    info = data.load_loaders(str(DATA / "cifar10"), net, CampHiVeConfig(), workers=0).info
+    info = data.load_loaders(str(DATA / "cifar10"), net, CampHiVeConfig(), data.DataOptions(workers=0)).info
     assert (info.image_column, info.label_column, len(info.label_names)) == ("img", "label", 10)
     assert info.rows == {"calibration": 1024, "train": 45_000, "validation": 5000, "test": 10_000}
-    info = data.load_loaders(str(DATA / "cifar100"), net, CampHiVeConfig(), workers=0).info
+    info = data.load_loaders(str(DATA / "cifar100"), net, CampHiVeConfig(), data.DataOptions(workers=0)).info
     assert info.label_column == "fine_label" and len(info.label_names) == 100
     mobilenet = timm.create_model("mobilenetv2_100", device="meta")
-    loaders = data.load_loaders(str(DATA / "imagenette"), mobilenet, CampHiVeConfig(), workers=0)
+    loaders = data.load_loaders(str(DATA / "imagenette"), mobilenet, CampHiVeConfig(), data.DataOptions(workers=0))
     assert loaders.test is None and loaders.info.rows["validation"] == 250
     assert set(read_labels(loaders.validation)) == {0, 217, 482, 491, 497, 566, 569, 571, 574, 701}
-    loaders = data.load_loaders(str(DATA / "imagenet_sample"), mobilenet, CampHiVeConfig(), workers=0)
+    loaders = data.load_loaders(
+        str(DATA / "imagenet_sample"), mobilenet, CampHiVeConfig(), data.DataOptions(workers=0)
+    )
     assert loaders.train is None and loaders.info.rows == {"calibration": 600, "validation": 400}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_camphive.core.errors import DataError
-from hf_camphive.training.data.splits import HeldOut, divide, stratified
+from hf_camphive.training.data.splits import HeldOut, SplitOptions, divide, stratified
 
 
 def labels_of(*counts, seed=0):
@@ -53,7 +53,7 @@ def test_more_rows_than_there_are_gives_all_of_them():
 
 def test_one_row_a_class_is_divided_too():
     labels = np.arange(100)
-    parts = divide({"validation": labels}, calibration_size=1024, seed=0)
+    parts = divide({"validation": labels}, SplitOptions(calibration_size=1024, seed=0))
     assert len(parts["calibration"].rows) == 60 and len(parts["validation"].rows) == 40
     assert not set(parts["calibration"].rows) & set(parts["validation"].rows)
     assert "train" not in parts and "test" not in parts
@@ -62,7 +62,7 @@ def test_one_row_a_class_is_divided_too():
 
 def test_validation_comes_out_of_train_and_never_out_of_test():
     labels = {"train": labels_of(300, 200, 100), "test": labels_of(30, 30, 30)}
-    parts = divide(labels, calibration_size=120, seed=0)
+    parts = divide(labels, SplitOptions(calibration_size=120, seed=0))
     assert {role: part.split for role, part in parts.items()} == {
         "calibration": "train",
         "train": "train",
@@ -78,13 +78,13 @@ def test_validation_comes_out_of_train_and_never_out_of_test():
 
 
 def test_the_validation_split_carved_is_at_most_5000_rows():
-    parts = divide({"train": np.zeros(80_000, int)}, calibration_size=100, seed=0)
+    parts = divide({"train": np.zeros(80_000, int)}, SplitOptions(calibration_size=100, seed=0))
     assert len(parts["validation"].rows) == 5000 and len(parts["train"].rows) == 75_000
 
 
 def test_the_seed_decides_and_repeats():
     labels = {"train": labels_of(300, 200, 100), "test": labels_of(9, 9, 9)}
-    first, again, other = (divide(labels, calibration_size=60, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (divide(labels, SplitOptions(calibration_size=60, seed=seed)) for seed in (0, 0, 1))
     for role, part in first.items():
         assert np.array_equal(part.rows, again[role].rows)
         assert np.array_equal(part.rows, other[role].rows) == (role == "test")
@@ -92,7 +92,7 @@ def test_the_seed_decides_and_repeats():
 
 def test_limits_are_stratified_and_reach_every_evaluation_split():
     labels = {"train": labels_of(300, 200, 100), "validation": labels_of(60, 60), "test": labels_of(90, 30)}
-    parts = divide(labels, calibration_size=30, seed=0, max_train_samples=12, max_eval_samples=20)
+    parts = divide(labels, SplitOptions(calibration_size=30, seed=0, max_train_samples=12, max_eval_samples=20))
     assert {role: len(part.rows) for role, part in parts.items()} == {
         "calibration": 30,
         "train": 12,
@@ -100,20 +100,20 @@ def test_limits_are_stratified_and_reach_every_evaluation_split():
         "test": 20,
     }
     assert Counter(labels["test"][parts["test"].rows].tolist()) == {0: 15, 1: 5}
-    carved = divide({"train": labels["train"]}, calibration_size=30, seed=0, max_eval_samples=6)
+    carved = divide({"train": labels["train"]}, SplitOptions(calibration_size=30, seed=0, max_eval_samples=6))
     assert len(carved["validation"].rows) == 6
 
 
 def test_a_calibration_split_that_is_evaluated_gives_up_its_calibration_rows():
     labels = {"train": labels_of(60, 60), "validation": labels_of(50, 50), "test": labels_of(30, 30)}
-    parts = divide(labels, calibration_size=40, seed=0, calibration_split="validation")
+    parts = divide(labels, SplitOptions(calibration_size=40, seed=0, calibration_split="validation"))
     assert len(parts["calibration"].rows) == 40 and len(parts["validation"].rows) == 60
     assert not set(parts["calibration"].rows) & set(parts["validation"].rows)
     assert len(parts["train"].rows) == 120 and len(parts["test"].rows) == 60
 
 
 def test_a_lone_test_split_is_divided_into_calibration_and_validation():
-    parts = divide({"test": labels_of(50, 50)}, calibration_size=20, seed=0)
+    parts = divide({"test": labels_of(50, 50)}, SplitOptions(calibration_size=20, seed=0))
     assert {role: (part.split, len(part.rows)) for role, part in parts.items()} == {
         "calibration": ("test", 20),
         "validation": ("test", 80),
@@ -123,7 +123,7 @@ def test_a_lone_test_split_is_divided_into_calibration_and_validation():
 def test_a_test_split_without_real_labels_is_not_evaluated(caplog):
     labels = {"train": labels_of(30, 30), "validation": labels_of(9, 9), "test": np.full(20, -1)}
     with caplog.at_level(logging.WARNING):
-        parts = divide(labels, calibration_size=20, seed=0)
+        parts = divide(labels, SplitOptions(calibration_size=20, seed=0))
     assert set(parts) == {"calibration", "train", "validation"}
     assert "'test' has rows without a label" in caplog.text
 
@@ -146,7 +146,7 @@ def test_a_test_split_without_real_labels_is_not_evaluated(caplog):
 )
 def test_labels_that_cannot_be_divided(labels, options, message):
     with pytest.raises(DataError, match=message):
-        divide(labels, calibration_size=20, seed=0, **options)
+        divide(labels, SplitOptions(calibration_size=20, seed=0, **options))
 
 
 def test_a_streamed_row_is_held_out_by_its_content_in_any_order():

@@ -30,7 +30,7 @@ from hf_camphive.training.data.datasets import (
     read_labels,
     revision_read,
 )
-from hf_camphive.training.data.splits import USUAL_SPLITS, divide, divide_streams
+from hf_camphive.training.data.splits import USUAL_SPLITS, SplitOptions, divide, divide_streams
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,29 @@ SMALL = 64
 """Networks that read images of at most this many pixels a side get the CIFAR transforms."""
 
 _WRITTEN = {"digits", "ylecun/mnist", "ufldl-stanford/svhn"}  # a mirrored digit is no digit
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a dataset is read, besides its id.
+
+    `config_name` chooses one of several configurations of the dataset; columns that are None are found by type.
+    `workers` are loading processes of each loader, `default_workers` where None. Calibration images come from
+    `calibration_split`, by default from the training split. `max_train_samples` and `max_eval_samples` limit the
+    training images, and those of validation and test each.
+    """
+
+    config_name: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    workers: int | None = None
+    calibration_split: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+DEFAULT_OPTIONS = DataOptions()
 
 
 @dataclass(frozen=True)
@@ -126,15 +149,7 @@ def load_loaders(
     dataset_id: str,
     net: nn.Module,
     config: CampHiVeConfig,
-    *,
-    config_name: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    streaming: bool = False,
-    workers: int | None = None,
-    calibration_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
+    options: DataOptions = DEFAULT_OPTIONS,
 ) -> Loaders:
     """Open a dataset and divide it into loaders that suit the network `net`.
 
@@ -145,28 +160,28 @@ def load_loaders(
     Raises `DataError`.
     """
     name = ALIASES.get(dataset_id.partition("@")[0], dataset_id.partition("@")[0])
-    splits = open_dataset(dataset_id, config_name, streaming)
+    splits = open_dataset(dataset_id, options.config_name, options.streaming)
     features = next((splits[s] for s in USUAL_SPLITS["train"] if s in splits), next(iter(splits.values()))).features
-    image, label = find_columns(features, image_column, label_column)
+    image, label = find_columns(features, options.image_column, options.label_column)
     for split in [s for s, rows in splits.items() if not {image, label} <= set(rows.features)]:
         logger.warning("split %r lacks column %r or %r and is not used", split, image, label)
         del splits[split]
     undecoded = datasets.Image(decode=False)
     splits = {s: rows.select_columns([image, label]).cast_column(image, undecoded) for s, rows in splits.items()}
-    options = {
-        "calibration_size": config.calibration_size,
-        "seed": config.seed,
-        "calibration_split": calibration_split,
-        "max_train_samples": max_train_samples,
-        "max_eval_samples": max_eval_samples,
-    }
-    if streaming:
-        data, described = divide_streams(splits, image, label, **options)
+    division = SplitOptions(
+        config.calibration_size,
+        config.seed,
+        options.calibration_split,
+        options.max_train_samples,
+        options.max_eval_samples,
+    )
+    if options.streaming:
+        data, described = divide_streams(splits, image, label, division)
         known = {"calibration": read_labels(data["calibration"], label)}
         labels = {f"the {described['calibration']}": known["calibration"]}
     else:
         of_split = {split: read_labels(rows, label) for split, rows in splits.items()}
-        parts = divide(of_split, **options)
+        parts = divide(of_split, division)
         data = {role: splits[part.split].select(part.rows) for role, part in parts.items()}
         described = {role: str(part) for role, part in parts.items()}
         known = {role: of_split[part.split][part.rows] for role, part in parts.items()}
@@ -174,7 +189,7 @@ def load_loaders(
         labels = {f"split {split!r}": of_split[split] for split in used}
     info = DatasetInfo(
         dataset_id=name,
-        config_name=config_name,
+        config_name=options.config_name,
         revision=revision_read(dataset_id, splits),
         image_column=image,
         label_column=label,
@@ -193,13 +208,15 @@ def load_loaders(
         )
     train_transform, eval_transform = image_transforms(net, name not in _WRITTEN)
     row = partial(RowTransform, image_column=image, label_column=label, mode=_colour_mode(net))
-    make = partial(_loader, workers=default_workers(net) if workers is None else workers, config=config)
+    make = partial(
+        _loader, workers=default_workers(net) if options.workers is None else options.workers, config=config
+    )
     loaders: dict[str, DataLoader] = {}
     for role, rows in data.items():
         training = role == "train"
         chosen = train_transform if training else eval_transform
         transform = row(chosen, classes=len(info.label_names), split=described[role])
-        loaders[role] = make(rows, transform, training=training, count=max_train_samples if training else None)
+        loaders[role] = make(rows, transform, training=training, count=options.max_train_samples if training else None)
     return Loaders(loaders["calibration"], loaders.get("train"), loaders["validation"], loaders.get("test"), info)
 
 

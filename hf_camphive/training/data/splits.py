@@ -30,6 +30,17 @@ _CALIBRATION, _VALIDATION, _LIMIT = range(3)  # streams of random numbers
 
 
 @dataclass(frozen=True)
+class SplitOptions:
+    """How rows are divided among roles: `DataOptions` and the config say so."""
+
+    calibration_size: int
+    seed: int
+    calibration_split: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+@dataclass(frozen=True)
 class RowSubset:
     """Rows of a split that serve one role, in the order in which they are read."""
 
@@ -73,42 +84,41 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     return rng.permutation(np.concatenate(chosen)) if chosen else np.empty(0, int)
 
 
-def divide(
-    labels: Mapping[str, np.ndarray],
-    calibration_size: int,
-    seed: int,
-    calibration_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-) -> dict[str, RowSubset]:
+def divide(labels: Mapping[str, np.ndarray], options: SplitOptions) -> dict[str, RowSubset]:
     """Which rows of which split serve which role, from the labels of every split.
 
     Every choice is stratified and seeded. Calibration rows are training rows, or else taken away from the evaluation
     rows. Raises `DataError` where labels or rows are missing.
     """
-    roles = _roles({split: bool(len(y)) and bool((y >= 0).all()) for split, y in labels.items()}, calibration_split)
+    roles = _roles(
+        {split: bool(len(y)) and bool((y >= 0).all()) for split, y in labels.items()}, options.calibration_split
+    )
     train, validation, test, pool = (roles.get(r) for r in ("train", "validation", "test", "calibration"))
     free = {split: np.arange(len(y)) for split, y in labels.items()}
 
     def draw(split: str, count: int, stream: int) -> np.ndarray:
-        return free[split][stratified(labels[split][free[split]], count, np.random.default_rng([seed, stream]))]
+        return free[split][
+            stratified(labels[split][free[split]], count, np.random.default_rng([options.seed, stream]))
+        ]
 
     chosen: dict[str, tuple[str, np.ndarray]] = {}
     if train and not validation:
         count = min(
-            _MOST_HELD_OUT, max(1, round(len(free[train]) / _HELD_OUT_SHARE)), max_eval_samples or _MOST_HELD_OUT
+            _MOST_HELD_OUT,
+            max(1, round(len(free[train]) / _HELD_OUT_SHARE)),
+            options.max_eval_samples or _MOST_HELD_OUT,
         )
         chosen["validation"] = train, np.sort(draw(train, count, _VALIDATION))
         free[train] = np.setdiff1d(free[train], chosen["validation"][1])
     evaluated = pool in (validation, test)
-    count = min(calibration_size, len(free[pool]) * 3 // 5) if evaluated else calibration_size
+    count = min(options.calibration_size, len(free[pool]) * 3 // 5) if evaluated else options.calibration_size
     chosen["calibration"] = pool, draw(pool, count, _CALIBRATION)
     if evaluated:
         free[pool] = np.setdiff1d(free[pool], chosen["calibration"][1])
     for role, split, most in (
-        ("train", train, max_train_samples),
-        ("validation", validation, max_eval_samples),
-        ("test", test, max_eval_samples),
+        ("train", train, options.max_train_samples),
+        ("validation", validation, options.max_eval_samples),
+        ("test", test, options.max_eval_samples),
     ):
         if split and role not in chosen:
             chosen[role] = split, free[split] if most is None else np.sort(draw(split, most, _LIMIT))
@@ -126,11 +136,7 @@ def divide_streams(
     splits: Mapping[str, datasets.IterableDataset],
     image: str,
     label: str,
-    calibration_size: int,
-    seed: int,
-    calibration_split: str | None,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
+    options: SplitOptions,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What `divide` does, for streams: a part held out is a tenth of the images, told by their content."""
 
@@ -138,12 +144,14 @@ def divide_streams(
         return np.array([-1 if row[label] is None else row[label] for row in rows], np.int64)
 
     first = {split: labels_of(list(rows.take(16))) for split, rows in splits.items()}
-    roles = _roles({split: bool(len(y)) and bool((y >= 0).all()) for split, y in first.items()}, calibration_split)
+    roles = _roles(
+        {split: bool(len(y)) and bool((y >= 0).all()) for split, y in first.items()}, options.calibration_split
+    )
     data: dict[str, Any] = {role: splits[split] for role, split in roles.items()}
     described = dict(roles)
 
     def part(role: str, split: str, held_out: bool) -> None:
-        data[role] = splits[split].filter(HeldOut(image, seed, held_out))
+        data[role] = splits[split].filter(HeldOut(image, options.seed, held_out))
         described[role] = f"{1 if held_out else _HELD_OUT_SHARE - 1} of {_HELD_OUT_SHARE} rows of {split}, by content"
 
     if "train" in roles and "validation" not in roles:
@@ -158,20 +166,24 @@ def divide_streams(
         data["calibration"] = data["train"]
     if "validation" not in data:
         data["validation"], described["validation"] = data.pop("test"), described.pop("test")
-    shuffled = data["calibration"].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    seen = list(islice(shuffled, 4 * calibration_size))  # enough to give every class its share
+    shuffled = data["calibration"].shuffle(seed=options.seed, buffer_size=_SHUFFLE_BUFFER)
+    seen = list(islice(shuffled, 4 * options.calibration_size))  # enough to give every class its share
     if not seen:
         raise DataError(f"split {roles['calibration']!r} yields no row to calibrate on; give more rows")
-    chosen = stratified(labels_of(seen), calibration_size, np.random.default_rng([seed, _CALIBRATION]))
+    chosen = stratified(labels_of(seen), options.calibration_size, np.random.default_rng([options.seed, _CALIBRATION]))
     features = splits[roles["calibration"]].features
     data["calibration"] = datasets.Dataset.from_list([seen[i] for i in chosen], features=features)
     described["calibration"] = f"{len(chosen):,} rows of {roles['calibration']}"
-    for role, most in (("train", max_train_samples), ("validation", max_eval_samples), ("test", max_eval_samples)):
+    for role, most in (
+        ("train", options.max_train_samples),
+        ("validation", options.max_eval_samples),
+        ("test", options.max_eval_samples),
+    ):
         if role in data and most is not None:
             data[role] = data[role].take(most)
             described[role] = f"at most {most:,} rows of {described[role]}"
     if "train" in data:
-        data["train"] = data["train"].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        data["train"] = data["train"].shuffle(seed=options.seed, buffer_size=_SHUFFLE_BUFFER)
     return data, described
 
 
