@@ -23,8 +23,8 @@ from networks import NETWORKS, Network, base_of, folder_of
 
 from hf_camphive import CampHiVeConfig, DataOptions, load_loaders
 from hf_camphive.core.errors import CampHiVeError
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.runtime import keep_freed_memory
-from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.runs.comparison import PLOT, RESULTS, TABLE, Comparison, Method, grid
 from hf_camphive.runs.results import Cell, Results, Summary, by_ratio

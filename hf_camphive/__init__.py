@@ -27,6 +27,8 @@ _HOMES = {
     "load_base": "hf_camphive.hub.loading",
     "load_loaders": "hf_camphive.training.data.loaders",
     "register_criterion": "hf_camphive.pruning.scoring.criteria",
+    "register_merge_rule": "hf_camphive.pruning.merging.rules",
+    "register_operation": "hf_camphive.network.graph.handlers",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -45,7 +45,8 @@ class MergeRuleRow:
 
     `wording` is a clause of the card; `weight_wording` the one for granularity "weight", or None where the rule does
     not merge single weights. `pairs`: the rule needs (removed, receiver) pairs in the plan. `recalibrates`: BatchNorm
-    statistics are recalibrated after it.
+    statistics are recalibrated after it. `fits_implants`: the weights of neural implants are fitted, where they else
+    start at zero.
     """
 
     name: str
@@ -53,6 +54,7 @@ class MergeRuleRow:
     reads_images: bool = False
     pairs: bool = False
     recalibrates: bool = True
+    fits_implants: bool = False
     weight_wording: str | None = None
 
 
@@ -142,6 +144,7 @@ MERGE_RULES: dict[str, MergeRuleRow] = {
             "the kept channels were refitted by least squares to reproduce the dense network's outputs",
             reads_images=True,
             recalibrates=False,
+            fits_implants=True,
         ),
         MergeRuleRow(
             "lstsq", "each removed channel was merged into all kept ones by least squares", reads_images=True

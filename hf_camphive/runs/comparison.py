@@ -31,13 +31,13 @@ from hf_camphive.core.errors import (
     did_you_mean,
 )
 from hf_camphive.core.measures import Accuracy, format_share, published
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import environment, make_accelerator
 from hf_camphive.hub.loading import BaseModel, weights_fingerprint
 from hf_camphive.hub.plots import DPI
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import SCORERS, Scores
 from hf_camphive.runs.comparison_plot import draw_comparison
 from hf_camphive.runs.cycle import PruningCycle
@@ -165,11 +165,11 @@ class Comparison:
         while not run.finished:
             plan = self._plan(run, cell, images.calibration)
             cut = run.apply(plan, images.calibration, recalibrate=False)
-            if rule.recalibrate or run.finished:
+            if rule.recalibrates or run.finished:
                 recalibrated = copy.deepcopy(cut)
                 with run.log.timed("recalibrate"):
                     recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
-            run.net = recalibrated if rule.recalibrate else cut
+            run.net = recalibrated if rule.recalibrates else cut
         accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
         polished = None
         if config.label_free_steps:
@@ -180,7 +180,7 @@ class Comparison:
             *accuracies,
             polished=polished,
             finetuned=self._finetuned(run, images) if config.num_train_epochs else None,
-            recalibrates=rule.recalibrate,
+            recalibrates=rule.recalibrates,
             images=images.dense.images,
             split=images.split,
             calibration=images.loaders.info.splits["calibration"],

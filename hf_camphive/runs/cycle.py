@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, PlanError
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import RunLog, Workers, make_accelerator
 from hf_camphive.hub.loading import BaseModel, as_base
 from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.surgery.cutting import State, apply_plan
-from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
+from hf_camphive.pruning.merging.rules import merge, with_pairs
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.merging.weights import zero_share, zero_weights
 from hf_camphive.pruning.planning.budgets import dense_sizes, is_finished, next_targets
@@ -171,7 +172,7 @@ class PruningCycle:
             ConfigError: The plan's merge rule reads images and there is no calibration.
         """
         rule = MERGE_RULES[plan.merge]
-        if calibration is None and (rule.looks_at_data or rule.recalibrate):
+        if calibration is None and (rule.reads_images or rule.recalibrates):
             raise ConfigError(
                 f"merge rule {plan.merge!r} looks at images; pass the calibration loader to apply as well"
             )
@@ -187,7 +188,7 @@ class PruningCycle:
                 state = self._merged(plan, calibration)
             with self.log.timed("cut"):
                 self.net = apply_plan(self.net, plan, self.analysis.trace, state)
-        if rule.recalibrate and recalibrate:
+        if rule.recalibrates and recalibrate:
             with self.log.timed("recalibrate"):
                 recalibrate_batchnorm(self.net, calibration.batches, self.accelerator)
         self.plans.append(plan)
@@ -236,7 +237,7 @@ class PruningCycle:
 
     def _recalibrated(self, calibration: Calibration) -> nn.Module | None:
         """Return a copy with BatchNorm recalibrated, where the merge rule left its statistics as they were."""
-        if MERGE_RULES[self.config.merge].recalibrate:
+        if MERGE_RULES[self.config.merge].recalibrates:
             return None
         net = copy.deepcopy(self.net)
         recalibrate_batchnorm(net, calibration.batches, self.accelerator)

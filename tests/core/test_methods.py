@@ -10,7 +10,7 @@ from hf_camphive.pruning.scoring.criteria import SCORERS
 
 
 def test_every_row_has_its_function_and_the_other_way_round():
-    assert CRITERIA.keys() == SCORERS.keys() and MERGE_RULES.keys() == rules.MERGE_RULES.keys()
+    assert CRITERIA.keys() == SCORERS.keys() and MERGE_RULES.keys() == rules.MERGERS.keys()
 
 
 @pytest.mark.parametrize("table", [CRITERIA, MERGE_RULES, PRESETS], ids=["criteria", "merge rules", "presets"])

@@ -17,7 +17,7 @@ from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, pla
 from hf_camphive.hub import loading as models
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification, resize, widths_of
-from hf_camphive.training.data.loaders import load_loaders
+from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"
 
@@ -228,7 +228,7 @@ def test_a_bundled_network_is_there_and_its_card_true(name):
     assert f"resized to\n{size[1]}x{size[2]} and" in card and f"`python scripts/train_digits.py {name}`" in card
     assert f"| parameters | {count_parameters(base.net):,} |" in card
     assert f"(1 MAC = 2 FLOPs) | {count_macs(base.net, size):,} |" in card
-    loaders = load_loaders("digits", base.net, CampHiVeConfig(), workers=0)
+    loaders = load_loaders("digits", base.net, CampHiVeConfig(), DataOptions(workers=0))
     for split, loader in (("validation", loaders.validation), ("test", loaders.test)):
         with torch.no_grad():
             right = sum((base.net(b["pixel_values"]).argmax(1) == b["labels"]).sum() for b in loader)

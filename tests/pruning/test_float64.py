@@ -15,12 +15,13 @@ from test_polish import calibration, held_out
 from hf_camphive.core import runtime as launch
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.runtime import float64_device, to_float64
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.network.surgery.widening import expand
-from hf_camphive.pruning.merging.rules import MERGE_RULES, merge, with_pairs
+from hf_camphive.pruning.merging.rules import merge, with_pairs
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.merging.weights import merge_weights
 from hf_camphive.pruning.polish import PolishOptions, polish

@@ -7,12 +7,12 @@ from support.plans import plan_with
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 from torch import nn
 
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.rules import (
-    MERGE_RULES,
     ConsumerCut,
     cyclic,
     cyclic_ls,

@@ -11,12 +11,12 @@ from support.toys import ToyResNet, images, randomise
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ConfigError, OutputError, PlanError, ReconstructionError, TrainingError
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.hub.loading import load_base
 from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.scoring.criteria import SCORERS, ScoringContext
 from hf_camphive.runs import comparison
 from hf_camphive.runs.comparison import Comparison, grid
@@ -100,7 +100,7 @@ def test_a_row_is_what_the_pruner_does_with_the_same_options(finished):
 
 def test_merge_rules_deliver_what_they_ask_for(finished):
     rows = {(row.cell.merge, row.cell.ratio): row for row in finished[0].rows if row.cell.method == "fisher"}
-    assert all(row.recalibrates is MERGE_RULES[merge].recalibrate for (merge, _), row in rows.items())
+    assert all(row.recalibrates is MERGE_RULES[merge].recalibrates for (merge, _), row in rows.items())
     assert rows["reconstruct", 2.0].delivered == rows["reconstruct", 2.0].pruned
     assert rows["reconstruct", 2.0].macs == rows["none", 2.0].macs  # the same scores, so the same plan
 

@@ -26,12 +26,12 @@ from hf_camphive.core import runtime as launch
 from hf_camphive.core.config import CampHiVeConfig, choices
 from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputError, PlanError
 from hf_camphive.core.measures import Latency
+from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
 from hf_camphive.hub import saving
 from hf_camphive.hub.loading import load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.pruning.merging.rules import MERGE_RULES
 from hf_camphive.pruning.polish import Polished
 from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.runs import cycle, pruner
@@ -510,7 +510,9 @@ def test_other_weights_under_the_same_name_are_not_resumed(killed):
 
 def test_other_rows_or_labels_of_the_same_dataset_are_not_resumed(killed):
     job = CampHiVePruner("digits_resnet", TWO_CYCLES)
-    fewer = load_loaders("digits", job.base.net, TWO_CYCLES, workers=0, max_train_samples=200, max_eval_samples=100)
+    fewer = load_loaders(
+        "digits", job.base.net, TWO_CYCLES, DataOptions(workers=0, max_train_samples=200, max_eval_samples=100)
+    )
     with pytest.raises(ConfigError, match=r"\(train labels: .*; train rows: 256 then, 200 now; train split: '256 of"):
         job.run(fewer, work_dir=killed, resume=True)
     loaders = digits(job.base.net, TWO_CYCLES)

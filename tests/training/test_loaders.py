@@ -299,14 +299,14 @@ def test_one_wrong_label_is_refused_and_named(split, label, tmp_path, net):
     with pytest.raises(
         DataError, match=rf"label {label} in row 41 \(counted from 0\) of split '{split}': the network"
     ):
-        data.load_loaders(save(tmp_path / "d", **parts), net, config(), workers=0)
+        data.load_loaders(save(tmp_path / "d", **parts), net, config(), data.DataOptions(workers=0))
 
 
 def test_a_wrong_label_of_a_stream_is_refused_where_it_is_read(tmp_path, net):
     train = rows(60, feature=Value("int64"), labels=[i % 3 for i in range(60)])
     test = rows(60, 1000, feature=Value("int64"), labels=[7 if i == 41 else i % 3 for i in range(60)])
     folder = save(tmp_path / "d", train=train, test=test)
-    loaders = data.load_loaders(folder, net, config(), streaming=True, workers=0)
+    loaders = data.load_loaders(folder, net, config(), data.DataOptions(streaming=True, workers=0))
     assert loaders.info.label_names == ("0", "1", "2")
     with pytest.raises(
         DataError, match=r"label 7 of image .* in test: there are 3 classes \(0 to 2\); correct or remove"
@@ -314,7 +314,7 @@ def test_a_wrong_label_of_a_stream_is_refused_where_it_is_read(tmp_path, net):
         list(loaders.test)
     folder = save(tmp_path / "e", train=test)
     with pytest.raises(DataError, match=r"label 7 in row \d+ .* of the \d+ rows of train: the network has 3"):
-        data.load_loaders(folder, net, config(calibration_size=60), streaming=True, workers=0)
+        data.load_loaders(folder, net, config(calibration_size=60), data.DataOptions(streaming=True, workers=0))
 
 
 def test_labels_have_a_digest_that_tells_one_changed_label(tmp_path, net):
@@ -327,7 +327,7 @@ def test_labels_have_a_digest_that_tells_one_changed_label(tmp_path, net):
     changed = data.load_loaders(save(tmp_path / "c", train=other, test=test), net, config(calibration_size=60)).info
     assert changed.label_digests["test"] == first.label_digests["test"]
     assert changed.label_digests["train"] != first.label_digests["train"]
-    stream = data.load_loaders(str(tmp_path / "a"), net, config(), streaming=True, workers=0).info
+    stream = data.load_loaders(str(tmp_path / "a"), net, config(), data.DataOptions(streaming=True, workers=0)).info
     assert stream.label_digests.keys() == {"calibration"}
 
 

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
+from hf_camphive.core.errors import ConfigError
 from hf_camphive.network.graph.labels import (
     NO_CHANNEL,
     Labels,
@@ -367,3 +368,16 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys("upsample_nearest2d upsample_bilinear2d upsample_bicubic2d".split(), _resample),
     **dict.fromkeys(["pad", "constant_pad_nd"], _pad),
 }
+
+
+def register_operation(name: str, handler: Handler) -> None:
+    """Teach tracing an operation that it does not know; `name` is that of the operation, such as "conv2d".
+
+    `handler` takes the `Labels` found so far and the operation's node, and returns the labels of the node's result.
+
+    Raises:
+        ConfigError: The operation has a handler already.
+    """
+    if name in HANDLERS:
+        raise ConfigError(f"operation {name!r} has a handler already; a second one would never be asked")
+    HANDLERS[name] = handler

@@ -1,4 +1,4 @@
-"""Merging: what the consumers of removed channels do instead. One function a rule, and the table `MERGE_RULES`.
+"""Merging: what the consumers of removed channels do instead. One function per rule, and the table `MERGERS`.
 
 The rules here replace each consumer's weight W [C_out, C, kH, kW] by W R along its input channels: R [C, C] is the
 identity on kept channels, and the row of a removed channel s says how much of which kept channels replaces it.
@@ -8,10 +8,12 @@ identity on kept channels, and the row of a removed channel s says how much of w
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from hf_camphive.core import methods
 from hf_camphive.core.plan import PrunePlan, Slot
 from hf_camphive.core.runtime import to_float64
 from hf_camphive.network.graph.program import operation, weight_of
@@ -91,43 +93,29 @@ def lstsq(cut: ConsumerCut) -> Mixture:
     return rows, constant
 
 
-@dataclass(frozen=True)
-class MergeRule:
-    """A merge rule: `apply` returns the full-width weights after it, the columns of removed channels zero.
-
-    What else a run needs to know of it: whether it reads images, wants cyclic pairs in the plan, needs BatchNorm's
-    statistics recalibrated afterwards, and fits the weights of implants rather than leaving them at zero.
-    """
-
-    apply: Callable[[MergeTask], State]
-    looks_at_data: bool = False
-    pairs: bool = False
-    recalibrate: bool = True
-    fits_implants: bool = False
+MergeRule = Callable[[MergeTask], State]
+"""A merge rule: from a task to the full-width weights after it, the columns of removed channels zero."""
 
 
-def mixing(mix: Callable[[ConsumerCut], Mixture], looks_at_data: bool = False, pairs: bool = False) -> MergeRule:
+def mixing(mix: Callable[[ConsumerCut], Mixture]) -> MergeRule:
     """Return the rule that replaces each removed channel by a mixture of kept ones, consumer by consumer."""
-    return MergeRule(partial(mix_channels, mix, looks_at_data), looks_at_data, pairs)
-
-
-MERGE_RULES: dict[str, MergeRule] = {}
+    return partial(mix_channels, mix)
 
 
 def merge(task: MergeTask) -> State:
     """Return full-width weights after the plan's merge rule; the columns of removed channels are zero."""
-    return MERGE_RULES[task.plan.merge].apply(task)
+    return MERGERS[task.plan.merge](task)
 
 
 def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
     """The plan with cyclic (removed, receiver) pairs written into its cuts, where its rule merges pairs."""
-    if not MERGE_RULES[plan.merge].pairs:
+    if not methods.MERGE_RULES[plan.merge].pairs:
         return plan
     cuts = tuple(replace(cut, pairs=cyclic_pairs(scores[cut.group], cut.keep)) for cut in plan.cuts)
     return replace(plan, cuts=cuts)
 
 
-def mix_channels(mix: Callable[[ConsumerCut], Mixture], looks_at_data: bool, task: MergeTask) -> State:
+def mix_channels(mix: Callable[[ConsumerCut], Mixture], task: MergeTask) -> State:
     """Replace W by W R for each consumer, with R from `mix`; constants go where a bias or a norm can carry them.
 
     Implants are merged like any removed channel, and what reads them starts at zero.
@@ -141,7 +129,7 @@ def mix_channels(mix: Callable[[ConsumerCut], Mixture], looks_at_data: bool, tas
         if 0 < len(plan.keep[group.name]) < group.size
     ]
     read = {slot.tensor for _, slot, _ in consumers}
-    moments = _moments(task, {layers[name] for name in read}) if looks_at_data else {}
+    moments = _moments(task, {layers[name] for name in read}) if methods.MERGE_RULES[plan.merge].reads_images else {}
     merged = dict(state)
     for group, slot, keep in consumers:
         mean, second = None, None
@@ -224,11 +212,25 @@ def cyclic_pairs(scores: Tensor, keep: Iterable[int]) -> tuple[tuple[int, int], 
     return tuple((c, receivers[r % len(receivers)]) for r, c in enumerate(removed))
 
 
-MERGE_RULES |= {
-    "reconstruct": MergeRule(reconstruct, looks_at_data=True, recalibrate=False, fits_implants=True),
-    "lstsq": mixing(lstsq, looks_at_data=True),
-    "nearest": mixing(nearest, looks_at_data=True),
-    "cyclic-ls": mixing(cyclic_ls, looks_at_data=True, pairs=True),
-    "cyclic": mixing(cyclic, pairs=True),
+MERGERS: dict[str, MergeRule] = {
+    "reconstruct": reconstruct,
+    "lstsq": mixing(lstsq),
+    "nearest": mixing(nearest),
+    "cyclic-ls": mixing(cyclic_ls),
+    "cyclic": mixing(cyclic),
     "none": mixing(none),
 }
+
+
+def register_merge_rule(name: str, function: MergeRule, *, wording: str, **needs: Any) -> None:
+    """Add a merge rule from outside the package; `merge=name` and `--merge name` then choose it.
+
+    `function` maps a `MergeTask` to full-width weights, the columns of removed channels zero; `mixing` makes such a
+    function of one that mixes kept channels. `wording` is a clause of the model card; `needs` are the other fields of
+    `core.methods.MergeRuleRow`, such as `reads_images` and `pairs`.
+
+    Raises:
+        ConfigError: The name is taken or holds unusual characters.
+    """
+    methods.register(methods.MERGE_RULES, methods.MergeRuleRow(name, wording, **needs))
+    MERGERS[name] = function
