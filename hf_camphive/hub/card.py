@@ -157,12 +157,26 @@ def _summary(report: PruneReport) -> str:
     macs = format_count(dense.footprint.macs), format_count(last.footprint.macs)
     text = (
         f"{_link(report.model_id)} made smaller by structured pruning: whole channels are removed, not set to zero. "
-        f"An image takes {macs[1]} MACs instead of {macs[0]}"
+        f"An image takes {macs[1]} MACs instead of {macs[0]}{_time_taken(report)}"
     )
     if dense.accuracy is None or last.accuracy is None:
         return text + "."
     top1 = format_share(dense.accuracy.top1), format_share(last.accuracy.top1)
     return text + f"; top-1 accuracy on {_link(report.dataset_id, 'datasets/')} is {top1[1]} instead of {top1[0]}."
+
+
+def _time_taken(report: PruneReport) -> str:
+    """The measured time of the batch that a budget of milliseconds was given for; nothing without such a budget."""
+    batch, folded = (report.config.get(f"latency_{key}") for key in ("batch_size", "folded"))
+    timed = [
+        (stage.footprint.folded_ms if folded else stage.footprint.latency_ms).get(batch)
+        for stage in (report.stages[0], report.stages[-1])
+    ]
+    if report.config.get("target_latency") is None or None in timed:
+        return ""
+    before, after = (format_ms(latency.median) for latency in timed)
+    how = ", folded as for deployment," if folded else ""
+    return f", and a batch of {batch}{how} takes {after} instead of {before}{_place(report)}"
 
 
 def _zeroes_weights(report: PruneReport) -> bool:

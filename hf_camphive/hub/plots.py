@@ -117,11 +117,12 @@ def draw_ratios(report: PruneReport) -> Figure:
     axes.set_xlabel(f"channels removed (% of the group); line: all groups, {overall:.0f} %")
     axes.tick_params(axis="y", length=0)
     count = sum(row.bottleneck for row in rows)
-    axes.set_title(
-        f"{count} bottleneck{'s' if count != 1 else ''}: lost less than half the share of all (orange)",
-        loc="left",
-        fontsize=11,
+    title = (
+        f"{count} bottleneck{'s' if count > 1 else ''}: lost less than half the share of all (orange)"
+        if count
+        else "No bottleneck: every group lost at least half the share of all"
     )
+    axes.set_title(title, loc="left", fontsize=11)
     return figure
 
 
@@ -226,6 +227,8 @@ def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
         axes.set_xlim(0, max(x) * 1.1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x) >= 2))
         axes.plot(x, values, color=colour, marker="o", markersize=5 if len(x) <= 30 else 2.5, linewidth=1.8)
+        if title.endswith("(%)"):
+            axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
         axes.annotate(
             f"{values[-1]:{form}}", (x[-1], values[-1]), (0, 8), textcoords="offset points", ha="center", fontsize=9.5
         )

@@ -229,7 +229,7 @@ def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> lis
     if runs:
         count = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
         where = [environment[key] for key in ("device", "threads") if key in environment]
-        threads = f"{where[1]} threads" if len(where) == 2 else ""
+        threads = f"{where[1]} thread{'s' if where[1] != '1' else ''}" if len(where) == 2 else ""
         place = ", ".join(part for part in (where[0] if where else "", threads) if part)
         notes.append(f"Latency: median of {count} interleaved runs{f' on {place}' if place else ''}.")
     if any(stage.footprint.folded_ms for stage in stages):

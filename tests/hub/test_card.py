@@ -77,6 +77,24 @@ def test_the_table_holds_the_numbers_of_the_report():
     assert cells(text, "validation") == ["10% of train", "5,000"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "folded", "said"),
+    [
+        (1, False, "a batch of 1 takes 12.4 ms instead of 20.1 ms on Some CPU, 2 threads;"),
+        (32, False, "a batch of 32 takes 261 ms instead of 512 ms on Some CPU, 2 threads;"),
+        (32, True, "a batch of 32, folded as for deployment, takes 100 ms instead of 400 ms on Some CPU, 2 threads;"),
+        (8, False, None),  # not measured
+    ],
+)
+def test_a_budget_in_milliseconds_is_answered_in_milliseconds(batch, folded, said):
+    costs = [replace(c, folded_ms={32: Latency(ms, ms, ms, 9)}) for c, ms in ((DENSE, 400.0), (SMALL, 100.0))]
+    stages = [replace(stage, footprint=costs[stage.name != "dense"]) for stage in REPORT.stages]
+    config = CampHiVeConfig(target_latency=0.5, latency_batch_size=batch, latency_folded=folded).as_run()
+    first = card(replace(REPORT, stages=tuple(stages), config=config)).text.split("```")[0]
+    assert (said in first) if said else ("a batch of" not in first)
+    assert "takes 905.0 M MACs instead of 1.814 G" in first and "a batch of" not in card().text.split("```")[0]
+
+
 def test_bottlenecks_are_named():
     assert "Bottlenecks" not in card().text
     groups = (*REPORT.groups, *(GroupRow(f"wide{i}", 4, 4, None) for i in range(7)))

@@ -117,6 +117,11 @@ def test_ratios_are_sorted_and_bottlenecks_stand_out():
     assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * 68 / 80)
 
 
+def test_ratios_without_bottlenecks_say_so():
+    groups = (GroupRow("conv1", 16, 8, None), GroupRow("layer1.0.conv1", 64, 24, None))
+    assert "No bottleneck: every group lost at least half the share of all" in texts(draw_ratios(report(groups)))
+
+
 @pytest.mark.parametrize("count", [3, 41, 120])
 def test_names_of_many_groups_do_not_overlap(count):
     groups = tuple(GroupRow(f"stages.{i}.blocks.0.conv_pw.with.a.long.name", 64, i % 64, None) for i in range(count))
@@ -168,3 +173,9 @@ def test_finetune_shows_every_epoch():
     assert list(top1.get_ydata()) == [88.0, 91.0]
     assert {"0.500", "91.00", "epochs", "Validation top-1 (%)"} <= set(texts(figure))
     assert len(draw_finetune([EPOCHS[0] | {"validation_top1": None}]).axes) == 1
+
+
+@pytest.mark.parametrize("top1", [0.9933, 1.0])
+def test_finetune_shows_no_more_than_all_images(top1):
+    axes = draw_finetune([epoch | {"validation_top1": top1} for epoch in EPOCHS]).axes[1]
+    assert len(axes.get_yticks()) > 2 and max(axes.get_yticks()) <= 100

@@ -1,6 +1,7 @@
 """A table and JSON that stay as they are, and which groups are called bottlenecks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,8 @@ Latency: median of 45 to 100 interleaved runs on a CPU, 2 threads.
 
 def test_table_is_as_published():
     assert report().table() == TABLE
+    alone = replace(report(), environment={"device": "a CPU", "threads": "1"})
+    assert alone.table() == TABLE.replace("2 threads", "1 thread")
 
 
 def test_table_says_what_was_not_measured_and_what_grew():
