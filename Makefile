@@ -8,7 +8,7 @@ DATA ?= ../shared/data
 .PHONY: help demo test lint format test-slow test-realdata benchmark benchmark-curvature zoo clean
 
 help:
-	@echo "make demo           prune the bundled network on handwritten digits (under 3 minutes after install)"
+	@echo "make demo           make the bundled network more than twice as fast on handwritten digits (under 3 minutes after install)"
 	@echo "make test           run the test suite (offline, about 10 minutes on 2 cores)"
 	@echo "make lint           check style"
 	@echo "make format         mend style"
@@ -29,7 +29,7 @@ $(VENV)/.test: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(shell nproc) \
-		--mixed_precision no --dynamo_backend no scripts/prune.py --overwrite
+		--mixed_precision no --dynamo_backend no scripts/prune.py --target-latency 0.45 --latency-batch-size 32 --overwrite
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -10,7 +10,9 @@ from hf_camphive.core.config import FROM_TEXT, CampHiVeConfig, choices, without_
 from hf_camphive.core.errors import ConfigError
 from hf_camphive.core.methods import PRESETS
 
-BUNDLED_MODEL = "digits_resnet"
+BUNDLED_MODEL = "digits_wide_resnet"
+DEMO: dict[str, Any] = {"target_latency": 0.45, "latency_batch_size": 32}
+"""Settings of `camphive prune` where no option says what to prune, on what, or how."""
 TEXT_EXAMPLES = {"keep": "Such as 'layer4.*,conv1'.", "layer_max_ratio": "Such as 'layer1.*=0.3,conv1=0'."}
 
 
@@ -25,7 +27,7 @@ class ModelArguments:
     model: str = _option(
         BUNDLED_MODEL,
         "Hub id (timm/resnet18.a1_in1k, with @revision if you like), a folder, a network name with --checkpoint, or "
-        "digits_resnet, which is bundled.",
+        "digits_wide_resnet or digits_resnet, which are bundled.",
         aliases=["--model_name_or_path", "--model-name-or-path"],
     )
     checkpoint: str | None = _option(None, "Safetensors file with the weights of a timm network that --model names.")
@@ -38,7 +40,7 @@ class DataArguments:
     dataset: str | None = _option(
         None,
         "Hub id, a folder (parquet, class folders, save_to_disk), or digits, which is bundled. By default digits for "
-        "digits_resnet, cifar10 for cifar_* networks, else imagenet-1k.",
+        "digits_* networks, cifar10 for cifar_* networks, else imagenet-1k.",
         aliases=["--dataset_name", "--dataset-name"],
     )
     dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")

@@ -9,12 +9,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hf_camphive.cli.arguments import (
-    BUNDLED_MODEL,
+    DEMO,
     CompareArguments,
     DataArguments,
     ExpandArguments,
@@ -78,10 +78,8 @@ def _guarded(command: Any, arguments: Sequence[str]) -> int:
 
 
 def prune(arguments: Sequence[str]) -> None:
-    """Prune a network, finetune it, save it, and print what came of it."""
-    kinds = (ModelArguments, DataArguments, RunArguments, preset_options(), config_options())
-    model, data, run, _, options = parse(prune, arguments, *kinds)
-    config = config_from(options)
+    """Prune a network, finetune it, save it, and print the report; without options, the demo (`make demo`)."""
+    model, data, run, config = _prune_arguments(arguments)
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     if data.streaming and config.num_train_epochs and not data.max_train_samples:
@@ -124,6 +122,15 @@ def prune(arguments: Sequence[str]) -> None:
     print(f'Load it with\n\n    import hf_camphive\n    model = hf_camphive.from_pretrained("{shown}")\n')
     if run.push_to_hub:
         print(f"Pushed to {push_folder(folder, run.hub_model_id, private=run.hub_private_repo or None)}")
+
+
+def _prune_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, RunArguments, Any]:
+    """Parse the options of `prune`; those of the demo where none says what to prune, on what, or how."""
+    kinds = (ModelArguments, DataArguments, RunArguments, preset_options(), config_options())
+    model, data, run, preset, options = parse(prune, arguments, *kinds)
+    if (model, data, preset, options) == (ModelArguments(), DataArguments(), kinds[3](), kinds[4]()):
+        return model, data, run, config_from(replace(options, **DEMO))
+    return model, data, run, config_from(options)
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -377,7 +384,7 @@ def _loaders(model: ModelArguments, data: DataArguments, net: Any, config: Any) 
 
 
 def _usual_dataset(model: str) -> str:
-    if model == BUNDLED_MODEL:
+    if model.startswith("digits_"):
         return BUNDLED_DATASET
     return "cifar10" if model.startswith("cifar_") else "imagenet-1k"
 

@@ -23,14 +23,14 @@ from transformers import AutoModelForImageClassification
 
 import hf_camphive
 from hf_camphive.cli import main as cli
-from hf_camphive.cli.arguments import config_from, config_options, parse, preset_options
+from hf_camphive.cli.arguments import BUNDLED_MODEL, DEMO, config_from, config_options, parse, preset_options
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import TrainingError
 from hf_camphive.core.measures import format_count, format_share
 from hf_camphive.core.methods import PRESETS
 from hf_camphive.core.plan import PLAN_FILE, plans_from_json
 from hf_camphive.hub import saving
-from hf_camphive.hub.loading import load_base
+from hf_camphive.hub.loading import BUNDLED, load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network import analysis
 from hf_camphive.network.footprint import count_macs
@@ -38,6 +38,7 @@ from hf_camphive.runs import pruner
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--calibration-size 64 --epochs 0 --polish-steps 0 --max-train-samples 256 --max-eval-samples 100 --mixed-precision no".split()
+QUICK += ["--model", "digits_resnet"]
 
 
 @pytest.fixture(autouse=True)
@@ -368,6 +369,33 @@ def test_every_flag_of_the_help_is_understood(capsys):
     assert {"--model_name_or_path", "--dataset_name", "--num_train_epochs", "--target_macs"} <= accepted
 
 
+# The demo
+
+
+@pytest.mark.parametrize("arguments", [[], ["--overwrite"], ["--output-dir", "small", "--resume"]])
+def test_without_options_that_choose_the_run_is_the_demo(arguments):
+    *_, config = cli._prune_arguments(arguments)
+    assert config == CampHiVeConfig(**DEMO) and config.budgets == {"latency": DEMO["target_latency"]}
+
+
+@pytest.mark.parametrize("option", [["--model", "digits_resnet"], ["--seed", "1"], ["--max-eval-samples", "9"]])
+def test_with_an_option_that_chooses_the_usual_budget_holds(option):
+    *_, config = cli._prune_arguments(option)
+    assert config.budgets == {"macs": 0.5}
+
+
+def test_make_demo_spells_the_demo_out():
+    command = re.search(r"scripts/prune.py (.+)", (ROOT / "Makefile").read_text()).group(1).split()
+    model, _, run, config = cli._prune_arguments(command)
+    assert run.overwrite and model.model == BUNDLED_MODEL and config == CampHiVeConfig(**DEMO)
+    assert {f"--{name.replace('_', '-')}" for name in DEMO} < set(command)
+
+
+def test_the_network_of_the_demo_is_bundled_and_so_are_its_images():
+    assert BUNDLED_MODEL in BUNDLED
+    assert {cli._usual_dataset(name) for name in BUNDLED} == {"digits"}
+
+
 # Runs
 
 
@@ -497,7 +525,7 @@ def test_the_script_is_the_same_job():
 
 
 def test_inspect_tells_the_truth(capsys):
-    assert cli.main(["inspect"]) == 0
+    assert cli.main(["inspect", "--model", "digits_resnet"]) == 0
     told = capsys.readouterr().out
     net = load_base("digits_resnet").net
     macs, parameters = count_macs(net, (3, 16, 16)), sum(p.numel() for p in net.parameters())
@@ -603,7 +631,7 @@ def test_mistakes_in_widening_leave_nothing(capsys, arguments, message):
 
 
 def compare(*arguments: str) -> int:
-    quick = "--calibration-size 64 --max-eval-samples 100 --dataloader-num-workers 0 --merge none --ratios 2".split()
+    quick = "--model digits_resnet --calibration-size 64 --max-eval-samples 100 --dataloader-num-workers 0 --merge none --ratios 2".split()
     return cli.main(["compare", *quick, "--methods", "magnitude", *arguments])
 
 
