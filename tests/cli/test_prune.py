@@ -17,6 +17,7 @@ from PIL import Image
 from support.cli import QUICK, prune, refused, snapshot
 
 import hf_camphive
+from hf_camphive.cli import main as cli
 from hf_camphive.cli.commands.prune import DEMO, prune_arguments
 from hf_camphive.cli.inputs import BUNDLED_MODEL, DataArguments, ModelArguments, dataset_name
 from hf_camphive.core.config import CampHiVeConfig

@@ -25,6 +25,7 @@ from support.tensors import aligned
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
+import hf_camphive
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ModelError, OutputError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan, plans_from_json
@@ -123,7 +124,7 @@ def _umask() -> int:
 
 def test_every_reader_gives_the_same_logits(folder, photo, pixels, logits):
     readers = {
-        "hub": hub.from_pretrained(folder).timm_model,
+        "hub": hf_camphive.from_pretrained(folder).timm_model,
         "transformers": AutoModelForImageClassification.from_pretrained(folder).timm_model,
         "timm": timm.create_model(f"local-dir:{folder}", pretrained=True),
     }
@@ -140,8 +141,8 @@ def test_every_reader_gives_the_same_logits(folder, photo, pixels, logits):
 
 
 def test_kwargs_reach_transformers(folder):
-    assert hub.from_pretrained(folder, dtype=torch.float16).dtype == torch.float16
-    resized = hub.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert hf_camphive.from_pretrained(folder, dtype=torch.float16).dtype == torch.float16
+    resized = hf_camphive.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
     assert resized(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 3)
 
 
@@ -328,7 +329,7 @@ def test_a_killed_run_leaves_a_whole_folder_or_none(tmp_path, moment, before, af
         if not target.exists():
             return None
         assert snapshot(target) == old or {path.name for path in target.iterdir()} == FILES - {"plots"}
-        assert hub.from_pretrained(target)
+        assert hf_camphive.from_pretrained(target)
         return "old" if (target / "README.md").read_text() == "old" else "new"
 
     killed_save(target, moment)
@@ -395,15 +396,15 @@ def renamed(data: bytes) -> bytes:
 )
 def test_damage_is_named(folder, tmp_path, name, change, message):
     with pytest.raises(ModelError, match=f"(?s){message}") as caught:
-        hub.from_pretrained(damaged(folder, tmp_path, name, change))
+        hf_camphive.from_pretrained(damaged(folder, tmp_path, name, change))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_is_no_model_at_all_is_named(tmp_path):
     with pytest.raises(ModelError, match="no/where"):
-        hub.from_pretrained("no/where")
+        hf_camphive.from_pretrained("no/where")
     with pytest.raises(ModelError, match=r"config\.json"):
-        hub.from_pretrained(tmp_path)
+        hf_camphive.from_pretrained(tmp_path)
 
 
 def test_pushing_a_foreign_folder_is_refused(tmp_path):
@@ -422,22 +423,24 @@ ALIGNED = "import torch\n" + inspect.getsource(aligned).replace("nn.Module", "to
 WITH_PACKAGE = f"""
 import huggingface_hub, json, sys, timm
 {ALIGNED}
-import hf_camphive.hub.saving as hub
+import hf_camphive
+from hf_camphive.core.errors import ModelError
+from hf_camphive.hub import saving as hub
 from transformers import AutoModelForImageClassification, pipeline
 folder, pixels = sys.argv[1], torch.load(sys.argv[2])
 url = hub.push_folder(folder, "tester/small", commit_message="First")
 hub.push_folder(folder, "tester/again", commit_message="Second")
 hub.push_folder(huggingface_hub.snapshot_download("tester/small", local_dir="downloaded"), "tester/fork")
 read = {{
-    "hub.from_pretrained": hub.from_pretrained("tester/small").timm_model,
+    "hub.from_pretrained": hf_camphive.from_pretrained("tester/small").timm_model,
     "AutoModel": AutoModelForImageClassification.from_pretrained("tester/small").timm_model,
     "pipeline": pipeline("image-classification", model="tester/small").model.timm_model,
     "timm": timm.create_model("hf-hub:tester/small", pretrained=True),
 }}
 try:
-    hub.from_pretrained("tester/absent")
+    hf_camphive.from_pretrained("tester/absent")
     error = ""
-except hub.ModelError as caught:
+except ModelError as caught:
     error = str(caught)
 logits = {{name: aligned(net)(pixels).tolist() for name, net in read.items()}}
 print("RESULT" + json.dumps({{"url": url, "error": error, "logits": logits}}))
