@@ -211,6 +211,12 @@ def test_a_stream_with_only_a_validation_split_is_divided(tmp_path, net):
     assert calibration and not set(calibration) & set(validation)
 
 
+def test_a_stream_of_which_nothing_is_held_out_cannot_calibrate(tmp_path, net):
+    folder = save(tmp_path / "d", validation=rows(2))  # by their content, both rows are for validation
+    with pytest.raises(data.DataError, match="split 'validation' yields no row to calibrate on; give more rows"):
+        data.load_loaders(folder, net, config(calibration_size=16), data.DataOptions(streaming=True, workers=0))
+
+
 def test_limits_on_streams(tmp_path, net):
     folder = save(tmp_path / "d", train=rows(100), test=rows(50, 2000))
     options = data.DataOptions(streaming=True, workers=0, max_train_samples=10, max_eval_samples=7)

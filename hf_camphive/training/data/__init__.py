@@ -1,4 +1,5 @@
 """Datasets: opened, divided into disjoint roles, and served in batches.
 
-`datasets.py` opens, `splits.py` divides, `loaders.py` serves, `calibration.py` holds the calibration images in memory.
+May import `core` and `network`. `loaders.py` is the entry: it opens a dataset (`datasets.py`), divides its rows among roles
+(`splits.py`) and makes loaders; `calibration.py` holds the calibration images in memory.
 """

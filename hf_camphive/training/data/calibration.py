@@ -1,4 +1,4 @@
-"""The calibration set: images and labels held in memory, and one process's share of them."""
+"""The calibration set: images and labels in memory, divided among processes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,16 @@ from torch import Tensor
 
 from hf_camphive.core.errors import DataError
 
-_PIXELS_PER_BATCH = 2**20  # so that a backward pass of a usual network needs a few GB at most
+_PIXELS_PER_BATCH = 2**20  # keeps a backward pass of a common network within a few GB
 _MOST_PER_BATCH = 128
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One process's batches of images [N, C, H, W], labels [N] and indices [N] among the `total` of all processes."""
+    """One process's share of the calibration images, in batches.
+
+    Each batch has images [N, C, H, W], labels [N] and indices [N], which number the `total` images of all processes.
+    """
 
     images: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
@@ -29,10 +32,11 @@ class Calibration:
         process: int = 0,
         processes: int = 1,
     ) -> "Calibration":
-        """Read a loader once; batch i goes to process i mod P.
+        """Read a loader once and keep this process's share: batch i belongs to process i mod `processes`.
 
-        Raises `DataError` where the loader has fewer images than there are processes, or its batches are not
-        {"pixel_values", "labels"}.
+        Raises:
+            DataError: The loader has fewer images than there are processes, or its batches are not dictionaries with
+                "pixel_values" and "labels".
         """
         try:
             pairs = [(batch["pixel_values"], batch["labels"]) for batch in batches]
@@ -60,11 +64,14 @@ class Calibration:
 
     @property
     def batches(self) -> list[dict[str, Tensor]]:
-        """This process's share as a loader's batches."""
+        """This process's share as batches of a loader."""
         return [{"pixel_values": x, "labels": y} for x, y in zip(self.images, self.labels)]
 
     def split(self, every: int) -> tuple["Calibration", "Calibration"]:
-        """All but one image in `every`, and those that are left out, each numbered from 0 on; the same on all processes."""
+        """Hold out every `every`-th image: return the others and those held out, each numbered from 0.
+
+        The division does not depend on how images are spread over processes.
+        """
         left_out = [indices % every == every - 1 for indices in self.indices]
         count = self.total // every
         fitted = self._chosen(

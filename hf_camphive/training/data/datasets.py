@@ -1,4 +1,4 @@
-"""Where images come from: a bundled, Hub or local dataset is opened, and its columns and classes are found."""
+"""Opening a bundled, Hub or local dataset, and finding its columns and classes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,11 @@ _UNNAMED = (
 def open_dataset(
     dataset_id: str, config_name: str | None = None, streaming: bool = False
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    """The splits of a bundled, Hub or local dataset, by name; raises `DataError` where there is none."""
+    """Open a bundled, Hub or local dataset and return its splits by name.
+
+    Raises:
+        DataError: There is no such dataset, or it cannot be read.
+    """
     if dataset_id == "digits":
         splits = digits()
         return {s: rows.to_iterable_dataset() for s, rows in splits.items()} if streaming else splits
@@ -53,8 +57,8 @@ def open_dataset(
 
 
 def digits() -> dict[str, datasets.Dataset]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, always divided into the same 1197/300/300 rows."""
-    from sklearn.datasets import load_digits  # imported here because it takes a second, and few runs need it
+    """Return scikit-learn's 1,797 handwritten digits of 8x8 pixels, always divided into the same 1197/300/300 rows."""
+    from sklearn.datasets import load_digits  # takes a second, and few runs need it
 
     bunch = load_digits()
     images = [PIL.Image.fromarray(image) for image in (bunch.images * (255 / 16)).round().astype(np.uint8)]
@@ -70,9 +74,10 @@ def digits() -> dict[str, datasets.Dataset]:
 
 
 def find_columns(features: Mapping[str, Any], image: str | None = None, label: str | None = None) -> tuple[str, str]:
-    """The image and the label column: by type first, by usual names among several; given names win.
+    """Find the image and the label column by type, and by common names if there are several; given names are used as is.
 
-    Raises `DataError` where there is none, or no way to choose.
+    Raises:
+        DataError: There is no such column, several cannot be told apart, or a given one has another type.
     """
     return (
         _find_column(features, image, _is_image, _IMAGE_NAMES, "image", "images"),
@@ -81,7 +86,7 @@ def find_columns(features: Mapping[str, Any], image: str | None = None, label: s
 
 
 def read_labels(rows: datasets.Dataset, label: str) -> np.ndarray:
-    """The labels of all rows, int64 [N]; a missing label is -1. No image is read."""
+    """Return the labels of all rows, int64 [N], with -1 for a missing one; reads no image."""
     column = rows.select_columns([label]).with_format("arrow")[:][label]
     return column.fill_null(-1).to_numpy().astype(np.int64)
 
@@ -111,7 +116,7 @@ def class_names(feature: Any, labels: Mapping[str, np.ndarray], net: nn.Module) 
 
 
 def revision_read(dataset_id: str, splits: Mapping[str, Any]) -> str | None:
-    """The commit that a Hub dataset was read at (a folder in the cache of `datasets`), else the revision asked for."""
+    """Return the commit of a Hub dataset (a folder in the cache of `datasets`), else the revision in its id, else None."""
     for rows in splits.values():
         for file in getattr(rows, "cache_files", ()):
             if commits := [part for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)]:
@@ -156,7 +161,7 @@ def _few(kind: str, numbers: np.ndarray) -> str:
 
 
 def _with_features(streams: Mapping[str, datasets.IterableDataset]) -> dict[str, datasets.IterableDataset]:
-    # Without a header, the columns of a stream are known only from its first rows.
+    # A stream without a header has no known columns until its first rows are read.
     return {split: rows if rows.features else rows._resolve_features() for split, rows in streams.items()}
 
 

@@ -1,7 +1,7 @@
-"""Datasets to loaders: one name or folder in, disjoint calibration, training and evaluation batches out.
+"""From the name or folder of a dataset to loaders with disjoint calibration, training and evaluation images.
 
-Reads through `datasets` only; images stay encoded until a batch needs them. Draws with generators made from the seed,
-save the training augmentation, which follows torch's and Python's global generators (as torchvision and timm do).
+Reads through `datasets` only; images are decoded when a batch needs them. All random choices use generators made from the
+seed, except the training augmentation, which uses the global generators of torch and Python, as torchvision and timm do.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import PIL.Image
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -35,9 +36,9 @@ from hf_camphive.training.data.splits import USUAL_SPLITS, SplitOptions, divide,
 logger = logging.getLogger(__name__)
 
 SMALL = 64
-"""Networks that read images of at most this many pixels a side get the CIFAR transforms."""
+"""Largest side, in pixels, of images for which a network gets the CIFAR transforms."""
 
-_WRITTEN = {"digits", "ylecun/mnist", "ufldl-stanford/svhn"}  # a mirrored digit is no digit
+_WRITTEN = {"digits", "ylecun/mnist", "ufldl-stanford/svhn"}  # handwriting is not mirrored in training
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ DEFAULT_OPTIONS = DataOptions()
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What was read, for the report: `splits` and `rows` are keyed by role (calibration, train, validation, test).
+    """Description of the data for the report; `splits` and `rows` are keyed by role.
 
-    `rows` leaves out what is not counted, which is every streamed split; so does `label_digests`, a short SHA-256 of
-    the labels in the order of the rows.
+    Roles are calibration, train, validation and test. Streamed splits are not counted and missing from `rows` and
+    `label_digests`, which holds a short SHA-256 of the labels in the order of the rows.
     """
 
     dataset_id: str
@@ -84,9 +85,9 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches {"pixel_values": float [B, C, H, W], "labels": long [B]}; what the dataset lacks is None.
+    """Loaders of batches {"pixel_values": float [B, C, H, W], "labels": long [B]}; None where the dataset has no such split.
 
-    Calibration has the evaluation transform and a fixed order.
+    Calibration images have the evaluation transform and a fixed order.
     """
 
     calibration: DataLoader
@@ -97,16 +98,17 @@ class Loaders:
 
     @property
     def evaluation(self) -> tuple[DataLoader, str]:
-        """The loader that accuracies are reported on, and its split: test, else validation."""
+        """The loader on which accuracies are reported, and its split: test if there is one, else validation."""
         role, loader = ("validation", self.validation) if self.test is None else ("test", self.test)
         return loader, self.info.splits[role]
 
 
 @dataclass(frozen=True)
 class RowTransform:
-    """Rows {column: values} of a dataset to {"pixel_values": tensors [C, H, W], "labels": ints}; can be pickled.
+    """Transform rows {column: values} to {"pixel_values": tensors [C, H, W], "labels": ints}; can be pickled.
 
-    Raises `DataError` on a damaged image, and on a label that is not below `classes`: streams are checked here only.
+    Raises:
+        DataError: An image is damaged, or a label is not below `classes` (the labels of streams are checked only here).
     """
 
     image_transform: Any
@@ -129,7 +131,7 @@ class RowTransform:
 
 
 class Counted(IterableDataset):
-    """A stream of at most `count` rows that says so by its length: an epoch of training has to have an end."""
+    """A stream of at most `count` rows that has a length, which an epoch of training needs."""
 
     def __init__(self, rows: datasets.IterableDataset, count: int) -> None:
         self.rows, self.count = rows, count
@@ -141,7 +143,7 @@ class Counted(IterableDataset):
         return self.count
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew."""
+        """Shuffle in the order of this epoch."""
         self.rows.set_epoch(epoch)
 
 
@@ -156,56 +158,30 @@ def load_loaders(
     `dataset_id` is "digits", an alias, a Hub id (perhaps with "@revision") or a folder (parquet, class folders,
     `save_to_disk`). Accuracies are reported on `test` where its labels are real, else on `validation`; a missing
     validation split is a tenth of `train`, never of `test`. A dataset without `train` is divided into calibration and
-    evaluation. A streamed training split has a length, as training needs, with `max_train_samples` only.
-    Raises `DataError`.
+    evaluation images. A streamed training split has a length, which training needs, only with `max_train_samples`.
+
+    Raises:
+        DataError: The dataset cannot be opened, has no usable columns or labels, or does not suit the network.
     """
     name = ALIASES.get(dataset_id.partition("@")[0], dataset_id.partition("@")[0])
-    splits = open_dataset(dataset_id, options.config_name, options.streaming)
-    features = next((splits[s] for s in USUAL_SPLITS["train"] if s in splits), next(iter(splits.values()))).features
-    image, label = find_columns(features, options.image_column, options.label_column)
-    for split in [s for s, rows in splits.items() if not {image, label} <= set(rows.features)]:
-        logger.warning("split %r lacks column %r or %r and is not used", split, image, label)
-        del splits[split]
-    undecoded = datasets.Image(decode=False)
-    splits = {s: rows.select_columns([image, label]).cast_column(image, undecoded) for s, rows in splits.items()}
-    division = SplitOptions(
-        config.calibration_size,
-        config.seed,
-        options.calibration_split,
-        options.max_train_samples,
-        options.max_eval_samples,
-    )
-    if options.streaming:
-        data, described = divide_streams(splits, image, label, division)
-        known = {"calibration": read_labels(data["calibration"], label)}
-        labels = {f"the {described['calibration']}": known["calibration"]}
-    else:
-        of_split = {split: read_labels(rows, label) for split, rows in splits.items()}
-        parts = divide(of_split, division)
-        data = {role: splits[part.split].select(part.rows) for role, part in parts.items()}
-        described = {role: str(part) for role, part in parts.items()}
-        known = {role: of_split[part.split][part.rows] for role, part in parts.items()}
-        used = [parts[role].split for role in ("train", "calibration", "validation", "test") if role in parts]
-        labels = {f"split {split!r}": of_split[split] for split in used}
+    splits, image, label = _open(dataset_id, options)
+    feature = _first_split(splits).features[label]
+    divided = _divide(splits, image, label, config, options)
+    data, described = divided.data, divided.described
     info = DatasetInfo(
         dataset_id=name,
         config_name=options.config_name,
         revision=revision_read(dataset_id, splits),
         image_column=image,
         label_column=label,
-        label_names=class_names(features[label], labels, net),
+        label_names=class_names(feature, divided.labels, net),
         splits=described,
-        rows={role: len(numbers) for role, numbers in known.items()},
-        label_digests={role: hashlib.sha256(numbers.tobytes()).hexdigest()[:16] for role, numbers in known.items()},
+        rows={role: len(numbers) for role, numbers in divided.known.items()},
+        label_digests={
+            role: hashlib.sha256(numbers.tobytes()).hexdigest()[:16] for role, numbers in divided.known.items()
+        },
     )
-    for role in described:
-        logger.info("%s: %s", role, described[role])
-    if len(data["calibration"]) < config.calibration_size:
-        logger.warning(
-            "calibration uses all of the %d rows there are, instead of %d",
-            len(data["calibration"]),
-            config.calibration_size,
-        )
+    _log(described, len(data["calibration"]), config.calibration_size)
     train_transform, eval_transform = image_transforms(net, name not in _WRITTEN)
     row = partial(RowTransform, image_column=image, label_column=label, mode=_colour_mode(net))
     make = partial(
@@ -220,11 +196,72 @@ def load_loaders(
     return Loaders(loaders["calibration"], loaders.get("train"), loaders["validation"], loaders.get("test"), info)
 
 
-def image_transforms(net: nn.Module, flip: bool = True) -> tuple[transforms.Compose, transforms.Compose]:
-    """The training and the evaluation transform of a timm network: PIL image to normalised float [C, H, W].
+def _open(dataset_id: str, options: DataOptions) -> tuple[dict[str, Any], str, str]:
+    """Return the splits that have an image and a label column, reduced to those with images undecoded, and the columns."""
+    splits = open_dataset(dataset_id, options.config_name, options.streaming)
+    image, label = find_columns(_first_split(splits).features, options.image_column, options.label_column)
+    for split in [s for s, rows in splits.items() if not {image, label} <= set(rows.features)]:
+        logger.warning("split %r lacks column %r or %r and is not used", split, image, label)
+        del splits[split]
+    undecoded = datasets.Image(decode=False)
+    splits = {s: rows.select_columns([image, label]).cast_column(image, undecoded) for s, rows in splits.items()}
+    return splits, image, label
 
-    Up to 64 pixels: images of the network's own size are not resampled, and are trained on with a random crop from 4
-    pixels of padding (He et al. 2015, section 4.2; an eighth of the side if that is less) and a flip.
+
+def _first_split(splits: Mapping[str, Any]) -> Any:
+    """Return the training split, or the first one if there is none."""
+    return next((splits[s] for s in USUAL_SPLITS["train"] if s in splits), next(iter(splits.values())))
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Rows by role, their descriptions, the labels of counted roles, and those of every split in use, by its name."""
+
+    data: dict[str, Any]
+    described: dict[str, str]
+    known: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+
+
+def _divide(
+    splits: Mapping[str, Any], image: str, label: str, config: CampHiVeConfig, options: DataOptions
+) -> _Divided:
+    """Divide the splits into roles; the first of `labels` is that of the rows that are trained on."""
+    division = SplitOptions(
+        config.calibration_size,
+        config.seed,
+        options.calibration_split,
+        options.max_train_samples,
+        options.max_eval_samples,
+    )
+    if options.streaming:
+        data, described = divide_streams(splits, image, label, division)
+        known = {"calibration": read_labels(data["calibration"], label)}
+        return _Divided(data, described, known, {f"the {described['calibration']}": known["calibration"]})
+    of_split = {split: read_labels(rows, label) for split, rows in splits.items()}
+    subsets = divide(of_split, division)
+    used = [subsets[role].split for role in ("train", "calibration", "validation", "test") if role in subsets]
+    return _Divided(
+        {role: splits[subset.split].select(subset.rows) for role, subset in subsets.items()},
+        {role: str(subset) for role, subset in subsets.items()},
+        {role: of_split[subset.split][subset.rows] for role, subset in subsets.items()},
+        {f"split {split!r}": of_split[split] for split in used},
+    )
+
+
+def _log(described: Mapping[str, str], count: int, asked: int) -> None:
+    for role in described:
+        logger.info("%s: %s", role, described[role])
+    if count < asked:
+        logger.warning("calibration uses all of the %d rows there are, instead of %d", count, asked)
+
+
+def image_transforms(net: nn.Module, flip: bool = True) -> tuple[transforms.Compose, transforms.Compose]:
+    """Return the training and the evaluation transform of a timm network: PIL image to normalised float [C, H, W].
+
+    Networks for images of up to 64 pixels get the CIFAR transforms: images of the network's own size are not resampled,
+    and training takes a random crop from 4 pixels of padding (He et al. 2015, section 4.2; an eighth of the side if that
+    is less) and flips at random if `flip` is set. Larger networks get timm's transforms.
     """
     data_config = resolve_data_config({}, model=net)
     height, width = data_config["input_size"][-2:]
@@ -239,7 +276,11 @@ def image_transforms(net: nn.Module, flip: bool = True) -> tuple[transforms.Comp
 
 
 def decode_image(value: Mapping[str, Any]) -> PIL.Image.Image:
-    """An encoded image {"bytes", "path"}, decoded and turned upright; raises `DataError` on a damaged one."""
+    """Decode an image {"bytes", "path"} and turn it upright.
+
+    Raises:
+        DataError: The image is damaged.
+    """
     try:
         return datasets.Image().decode_example(value)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
@@ -253,7 +294,7 @@ def _file_name(value: Any) -> str:
 
 
 def default_workers(net: nn.Module) -> int:
-    """Loading processes of each loader: none where small images feed a CPU, else up to 8 a training process."""
+    """Return the number of loading processes per loader: 0 for small images on a CPU, else up to 8 per training process."""
     small = max(resolve_data_config({}, model=net)["input_size"][-2:]) <= SMALL
     if small and not torch.accelerator.is_available():
         return 0
@@ -279,7 +320,7 @@ def _loader(
         rows = rows.map(transform, batched=True, batch_size=8, remove_columns=columns)
         rows = rows if count is None else Counted(rows, count)
     else:
-        # A last batch of a few images would give BatchNorm a poor mean; how long a stream is nobody knows.
+        # A last batch of a few images would give BatchNorm a poor mean. (The length of a stream is not known.)
         options["drop_last"] = training and len(rows) >= size
         if training:
             options |= {"shuffle": True, "generator": torch.Generator().manual_seed(config.seed)}

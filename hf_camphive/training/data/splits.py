@@ -1,7 +1,7 @@
-"""Which rows of which split serve which role: calibration, training, validation, test.
+"""Division of a dataset's rows among roles: calibration, training, validation and test.
 
-Every choice is stratified and seeded, and no row serves two roles that must not share it. No image is read, save those
-that a stream has to be looked through for.
+Every choice is stratified and seeded. Calibration rows are training rows or taken from the evaluation rows; all other
+roles are disjoint. No image is read, except to divide a stream.
 """
 
 import logging
@@ -31,7 +31,7 @@ _CALIBRATION, _VALIDATION, _LIMIT = range(3)  # streams of random numbers
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How rows are divided among roles: `DataOptions` and the config say so."""
+    """Settings of the division, from the config and `DataOptions`."""
 
     calibration_size: int
     seed: int
@@ -42,7 +42,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class RowSubset:
-    """Rows of a split that serve one role, in the order in which they are read."""
+    """Rows of a split that have one role, in reading order; `total` counts all rows of the split."""
 
     split: str
     rows: np.ndarray
@@ -58,7 +58,10 @@ class RowSubset:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Whether a streamed row is among the tenth held out, by the content of its image: the same in every order."""
+    """Filter of streamed rows: by the content of its image, one row in ten is held out, whatever the order.
+
+    Passes the rows held out if `wanted` is set, else the others.
+    """
 
     image_column: str
     seed: int
@@ -71,9 +74,9 @@ class HeldOut:
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Positions of `count` rows in random order, of every label its share to within one row.
+    """Draw `count` rows, each label's share to within one row, and return their positions in random order.
 
-    Shares are rounded down, and what is left goes to the largest remainders (ties by chance).
+    Shares are rounded down, and the remaining rows go to the labels with the largest remainders (ties at random).
     """
     classes, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     share = min(count, len(labels)) * sizes / max(len(labels), 1)
@@ -85,10 +88,12 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 def divide(labels: Mapping[str, np.ndarray], options: SplitOptions) -> dict[str, RowSubset]:
-    """Which rows of which split serve which role, from the labels of every split.
+    """Divide the rows of all splits among roles, given the labels [N] of each split.
 
-    Every choice is stratified and seeded. Calibration rows are training rows, or else taken away from the evaluation
-    rows. Raises `DataError` where labels or rows are missing.
+    Calibration rows are training rows, or are taken away from the evaluation rows where there is no training split.
+
+    Raises:
+        DataError: Labels are missing, or a role gets no row.
     """
     roles = _roles(
         {split: bool(len(y)) and bool((y >= 0).all()) for split, y in labels.items()}, options.calibration_split
@@ -138,12 +143,14 @@ def divide_streams(
     label: str,
     options: SplitOptions,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What `divide` does, for streams: a part held out is a tenth of the images, told by their content."""
+    """Divide streams among roles, as `divide` does rows: return the rows and a description of each role.
 
-    def labels_of(rows: list[dict[str, Any]]) -> np.ndarray:
-        return np.array([-1 if row[label] is None else row[label] for row in rows], np.int64)
+    Where one split has two roles, a tenth of the images is held out by their content (`HeldOut`).
 
-    first = {split: labels_of(list(rows.take(16))) for split, rows in splits.items()}
+    Raises:
+        DataError: Labels are missing, or there is no row to calibrate on.
+    """
+    first = {split: _labels_of(list(rows.take(16)), label) for split, rows in splits.items()}
     roles = _roles(
         {split: bool(len(y)) and bool((y >= 0).all()) for split, y in first.items()}, options.calibration_split
     )
@@ -166,14 +173,12 @@ def divide_streams(
         data["calibration"] = data["train"]
     if "validation" not in data:
         data["validation"], described["validation"] = data.pop("test"), described.pop("test")
-    shuffled = data["calibration"].shuffle(seed=options.seed, buffer_size=_SHUFFLE_BUFFER)
-    seen = list(islice(shuffled, 4 * options.calibration_size))  # enough to give every class its share
-    if not seen:
-        raise DataError(f"split {roles['calibration']!r} yields no row to calibrate on; give more rows")
-    chosen = stratified(labels_of(seen), options.calibration_size, np.random.default_rng([options.seed, _CALIBRATION]))
-    features = splits[roles["calibration"]].features
-    data["calibration"] = datasets.Dataset.from_list([seen[i] for i in chosen], features=features)
-    described["calibration"] = f"{len(chosen):,} rows of {roles['calibration']}"
+    pool = roles["calibration"]
+    if not (seen := _first_rows(data["calibration"], options)):
+        raise DataError(f"split {pool!r} yields no row to calibrate on; give more rows")
+    chosen = _stratified_rows(seen, label, options)
+    data["calibration"] = datasets.Dataset.from_list(chosen, features=splits[pool].features)
+    described["calibration"] = f"{len(chosen):,} rows of {pool}"
     for role, most in (
         ("train", options.max_train_samples),
         ("validation", options.max_eval_samples),
@@ -187,8 +192,23 @@ def divide_streams(
     return data, described
 
 
+def _first_rows(stream: datasets.IterableDataset, options: SplitOptions) -> list[dict[str, Any]]:
+    """Return enough rows of the shuffled stream for a stratified choice of calibration rows."""
+    shuffled = stream.shuffle(seed=options.seed, buffer_size=_SHUFFLE_BUFFER)
+    return list(islice(shuffled, 4 * options.calibration_size))
+
+
+def _stratified_rows(rows: list[dict[str, Any]], label: str, options: SplitOptions) -> list[dict[str, Any]]:
+    rng = np.random.default_rng([options.seed, _CALIBRATION])
+    return [rows[i] for i in stratified(_labels_of(rows, label), options.calibration_size, rng)]
+
+
+def _labels_of(rows: list[dict[str, Any]], label: str) -> np.ndarray:
+    return np.array([-1 if row[label] is None else row[label] for row in rows], np.int64)
+
+
 def _roles(labelled: Mapping[str, bool], calibration_split: str | None) -> dict[str, str]:
-    """Role -> split, from which splits carry real labels; the calibration role always has one."""
+    """Return the split of each role, given which splits have labels; calibration always has one."""
     names = ", ".join(labelled)
     roles = {role: next((s for s in usual if s in labelled), None) for role, usual in USUAL_SPLITS.items()}
     if not any(roles.values()):
