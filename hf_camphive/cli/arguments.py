@@ -21,7 +21,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 def parse(command: Callable[..., Any], arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
     """Parse a command's arguments into one instance of each dataclass of options.
 
-    The command's name and docstring are shown by `--help`. A `--preset` among the arguments sets the defaults of others.
+    `--help` shows the command's name and the first paragraph of its docstring. A `--preset` among the arguments sets the
+    defaults of others.
 
     Raises:
         SystemExit: For `--help`, and where an option is unknown or its value cannot be read, as argparse does.
@@ -32,7 +33,7 @@ def parse(command: Callable[..., Any], arguments: Sequence[str], *kinds: type) -
         kinds,
         prog=f"camphive {command.__name__}",
         usage=f"camphive {command.__name__} [options]",
-        description=command.__doc__,
+        description=(command.__doc__ or "").partition("\n\n")[0],
         formatter_class=_Help,
         allow_abbrev=False,
     )

@@ -1,7 +1,7 @@
-"""`CampHiVeConfig`: every choice of a pruning run, validated once, saved beside the model.
+"""`CampHiVeConfig`: all settings of a pruning run, validated when it is made and saved beside the model.
 
-Pure data: imports nothing but the standard library, the error types and the tables of methods. The command line's
-options and `camphive_config.json` are both made from these fields.
+Pure data without heavy imports. The command line's options and `camphive_config.json` are both made from these fields;
+criteria, merge rules and presets are those of `core/methods.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,87 +26,96 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True)
 class CampHiVeConfig:
-    """What to remove, how to repair it and how to finetune.
+    """Settings of a pruning run: what to remove, how to repair the network and how to finetune it.
 
-    Fields are plain values, so a config equals its JSON. Raises `ConfigError` on anything that cannot work.
+    Fields are plain values, and a config equals the one read back from its JSON.
+
+    Raises:
+        ConfigError: A value has the wrong type or range, or contradicts another one.
     """
 
     # What to remove
     target_macs: float | None = _option(
         None,
-        "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs); 0.5 where no "
-        "budget is given. Of several budgets all are met.",
+        "Budget: a fraction of the network's MACs if at most 1, else MACs per image (1 MAC = 2 FLOPs). Without any budget "
+        "it is 0.5; several budgets are all met.",
     )
     target_params: float | None = _option(
         None, "Budget: a fraction of the network's parameters if at most 1, else their number."
     )
     target_latency: float | None = _option(
-        None, "Budget: a fraction of the network's latency on this device if below 1, else milliseconds a batch."
+        None, "Budget: a fraction of the network's latency on this device if below 1, else milliseconds per batch."
     )
-    latency_batch_size: int = _option(1, "Images a batch that target_latency is meant for.")
+    latency_batch_size: int = _option(1, "Images per batch for which target_latency holds.")
     latency_folded: bool = _option(
         False,
-        "Let target_latency mean the network as deployed (`fold`): without BatchNorm and what dropped blocks leave.",
+        "Apply target_latency to the network as deployed: BatchNorm, and what dropped blocks leave, folded into "
+        "convolutions (`fold`).",
     )
     cycles: int = _option(1, "Score, merge and cut this many times, each towards an equal share of the budget.")
     criterion: str = _option(
         AUTO,
-        "How channels are scored. `hive` is CAMP-HiVe's curvature; `merge-aware` judges what merging leaves, `merge-joint` with the terms between layers; `auto` is the latter with `target_latency`, else the former, which measures best.",
+        "Importance of a channel. `hive` is CAMP-HiVe's curvature score; `merge-aware` estimates the error that remains "
+        "after merging, `merge-joint` also its terms between layers. `auto` takes `merge-joint` with target_latency and "
+        "`merge-aware` otherwise, as measures best.",
     )
-    merge: str = _option(
-        "reconstruct", "How the kept channels take over from the removed ones. `cyclic` is the paper's rule."
-    )
+    merge: str = _option("reconstruct", "How kept channels replace the removed ones. `cyclic` is CAMP-HiVe's rule.")
     threshold: Literal["adaptive", "global", "percentile"] = _option(
         "adaptive",
-        "What goes first: the least score per MAC saved, the least score, or (CAMP-HiVe) the same share of every group.",
+        "Order of removal: lowest score per cost saved, lowest score, or the same share of every group (CAMP-HiVe).",
     )
     early_weight: float | None = _option(
         None,
-        "What scores of the first group count next to those of the last, as later layers repair early errors; by default 1, or less where `merge-aware` or `merge-joint` meet `reconstruct` and trials on held out calibration images say so.",
+        "Weight of the first group's scores relative to the last group's, since later layers repair early errors. By "
+        "default 1, or the best value found by trial merges where merge is `reconstruct` and the criterion is one of "
+        f"{', '.join(f'`{name}`' for name, row in CRITERIA.items() if row.judges_merges)}.",
     )
     scope: Literal["interior", "all"] = _option(
-        "interior", "Prune inside blocks only, or between them (residual streams, stem, features) as well."
+        "interior", "Prune inside blocks only, or also between them (residual streams, stem, features)."
     )
     round_to: int | None = _option(
-        None, "Keep widths that are multiples of this; 8 where target_latency is set, else 1."
+        None, "Keep a multiple of this number of channels; by default 8 with target_latency, else 1."
     )
     implant_ratio: float = _option(
-        0.0, "Share of the removed channels that keep 1x1 kernels in place of larger ones (HAP's neural implants)."
+        0.0, "Share of the removed channels that are replaced by 1x1 kernels (HAP's neural implants)."
     )
-    min_channels: int = _option(1, "Fewest channels of a group that is not inside a residual branch.")
-    max_ratio: float = _option(1.0, "Most that may go of each group's channels, as a share.")
+    min_channels: int = _option(1, "Fewest channels to keep in a group outside residual branches.")
+    max_ratio: float = _option(1.0, "Largest share of its channels that a group may lose.")
     layer_max_ratio: dict[str, float] = field(
-        default_factory=dict, hash=False, metadata={"help": "The same for layers by name pattern."}
+        default_factory=dict, hash=False, metadata={"help": "Largest share for single layers, by name pattern."}
     )
-    keep: tuple[str, ...] = _option((), "Layers that stay as they are, by name pattern.")
+    keep: tuple[str, ...] = _option((), "Layers to leave unpruned, by name pattern.")
     granularity: Literal["channel", "weight"] = _option(
-        "channel", "Cut channels, or zero single weights as CAMP-HiVe does, which saves neither MACs nor time."
+        "channel", "Cut channels, or set single weights to zero as in CAMP-HiVe, which saves neither MACs nor time."
     )
-    sparsity: float = _option(0.5, "With granularity weight: share of each tensor's weights that becomes zero.")
-    seed: int = _option(0, "Seed of everything drawn at random: the same seed gives the same plan.")
+    sparsity: float = _option(0.5, "Share of each tensor's weights that is set to zero, with granularity weight.")
+    seed: int = _option(0, "Seed of all random numbers; the same seed gives the same plan.")
 
     # Curvature and reconstruction
-    calibration_size: int = _option(1024, "Training images that scores and merging look at.")
+    calibration_size: int = _option(1024, "Training images used by scoring, merging and polishing.")
     curvature: Literal["gauss-newton", "hessian"] = _option(
         "gauss-newton",
         "Matrix used as the loss's curvature by "
         f"{', '.join(f'`{name}`' for name, row in CRITERIA.items() if row.uses_curvature)}.",
     )
     curvature_passes: int = _option(
-        2, "Backward passes an image for `gauss-newton`: unbiased from one on, exact with one less than classes."
+        2, "Backward passes per image for `gauss-newton` in `hive`; unbiased with any number, exact with classes - 1."
     )
-    num_eigenpairs: int = _option(8, "Eigenpairs that `hive` uses.")
+    num_eigenpairs: int = _option(8, "Leading eigenpairs used by `hive`.")
     eigensolver: Literal["lanczos", "power"] = _option(
-        "lanczos", "Lanczos with full reorthogonalisation, or the paper's power iteration, which needs more products."
+        "lanczos",
+        "Eigensolver of `hive`: Lanczos with full reorthogonalisation, or CAMP-HiVe's power iteration, which needs more "
+        "products.",
     )
-    hutchinson_probes: int = _option(32, "Random vectors of `hap`'s trace estimate.")
-    power_steps: int = _option(20, "Most steps of the eigensolver.")
-    power_tolerance: float = _option(0.05, "Stop the eigensolver at this residual ||Av - lambda v|| / |lambda|.")
-    curvature_images: int = _option(256, "Calibration images that Hessian-vector products use (at most all).")
+    hutchinson_probes: int = _option(32, "Random vectors in the trace estimate of `hap`.")
+    power_steps: int = _option(20, "Largest number of eigensolver steps.")
+    power_tolerance: float = _option(0.05, "Residual ||Av - lambda v|| / |lambda| at which the eigensolver stops.")
+    curvature_images: int = _option(256, "Calibration images used for curvature products; at most calibration_size.")
     ridge: float = _option(1e-4, "Ridge of the least-squares fits, relative to the mean squared input.")
     polish_steps: int | None = _option(
         None,
-        "Gradient steps towards the dense network's logits on calibration images after the cut, once BatchNorm's statistics are restored, without labels, as far as held out images say that it helps (default: 100 where no finetuning follows, else 0).",
+        "Label-free steps after the cut that pull the logits towards the dense network's; kept only as far as they lower "
+        f"the error on held-out images. By default {USUAL_POLISH_STEPS} where no finetuning follows, else 0.",
     )
 
     # Finetuning
@@ -114,48 +123,27 @@ class CampHiVeConfig:
         3.0, "Epochs of finetuning after the last cycle; 0 skips it.", aliases=["--epochs"]
     )
     learning_rate: float = _option(0.005, "Peak learning rate.")
-    weight_decay: float = _option(5e-4, "Weight decay of weights with two or more axes.")
+    weight_decay: float = _option(5e-4, "Weight decay of weights with at least two axes.")
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "SGD with Nesterov momentum 0.9, or AdamW.")
-    warmup_ratio: float = _option(0.05, "Share of the steps in which the learning rate rises to its peak.")
+    warmup_ratio: float = _option(0.05, "Share of the steps over which the learning rate rises to its peak.")
     label_smoothing: float = _option(0.0, "Label smoothing of the cross-entropy.")
-    distillation: float = _option(0.5, "Weight of the dense network's soft labels in the loss; 0 is off.")
-    temperature: float = _option(4.0, "Temperature of the distillation.")
-    per_device_train_batch_size: int = _option(128, "Images per step and process.")
-    per_device_eval_batch_size: int = _option(128, "Images per evaluation step and process.")
-    gradient_accumulation_steps: int = _option(1, "Batches summed before each step.")
+    distillation: float = _option(0.5, "Weight of the distillation loss towards the dense network; 0 turns it off.")
+    temperature: float = _option(4.0, "Temperature of the distillation loss.")
+    per_device_train_batch_size: int = _option(128, "Training images per batch and process.")
+    per_device_eval_batch_size: int = _option(128, "Evaluation images per batch and process.")
+    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _option(
         "auto",
         "Precision of finetuning: `auto` is bf16 on a GPU that has it natively, fp32 elsewhere. Polishing runs in fp32 unless `bf16` is given.",
     )
-    head_epochs: float = _option(2.0, "Epochs that a replaced classifier is trained for before pruning.")
+    head_epochs: float = _option(2.0, "Epochs of training a replaced classifier before pruning.")
 
     def __post_init__(self) -> None:
         _check_patterns(self)
         object.__setattr__(self, "keep", tuple(self.keep))
         object.__setattr__(self, "layer_max_ratio", dict(self.layer_max_ratio))
         _check_types(self)
-        for name, (least, example, unit) in _BUDGETS.items():
-            if (value := getattr(self, name)) is not None:
-                _check_budget(name, value, least, example, unit)
-        _require(0 <= self.max_ratio <= 1, f"max_ratio is {self.max_ratio}; it is a share between 0 and 1")
-        for pattern, ratio in self.layer_max_ratio.items():
-            _require(0 <= ratio <= 1, f"layer_max_ratio is {ratio} for {pattern!r}; it is a share between 0 and 1")
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
-        for name in ("warmup_ratio", "label_smoothing", "distillation", "implant_ratio"):
-            value = getattr(self, name)
-            _require(value <= 1, f"{name} is {value}; it is a share between 0 and 1")
-        _require(
-            self.early_weight is None or 0 < self.early_weight <= 1,
-            f"early_weight is {self.early_weight}; it is a share above 0 and at most 1, which leaves scores alone",
-        )
-        _require(self.seed < 2**32, f"seed is {self.seed}; it must be below 2^32")
-        _require(self.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
-        _require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive (4 is usual)")
+        _check_ranges(self)
         _check_calibration(self)
         _require(
             self.implant_ratio == 0 or "macs" in self.budgets,
@@ -175,36 +163,39 @@ class CampHiVeConfig:
 
     @property
     def budgets(self) -> dict[str, float]:
-        """What is to be met, by cost ("macs", "params", "latency"): as given, or half the MACs where nothing is."""
+        """Targets by cost ("macs", "params", "latency"): those that are set, or half the MACs if none is."""
         given = {"macs": self.target_macs, "params": self.target_params, "latency": self.target_latency}
         return {cost: target for cost, target in given.items() if target is not None} or {"macs": 0.5}
 
     @property
     def scored_by(self) -> str:
-        """The criterion that scores: `criterion`, or what measures best for the budget."""
+        """Name of the criterion that scores: `criterion`, or for "auto" the one that measures best for the budget."""
         if self.criterion != AUTO:
             return self.criterion
         return "merge-aware" if self.target_latency is None else "merge-joint"
 
     @property
     def width_step(self) -> int:
-        """Widths are multiples of this: `round_to`, or what suits the budget."""
+        """Number that widths are multiples of: `round_to`, or the default for the budget."""
         return self.round_to or (1 if self.target_latency is None else 8)
 
     @property
     def tries_early_weights(self) -> bool:
-        """Whether trials choose `early_weight`: where scores tell what a merge loses, and later layers repair some of it."""
+        """True if trial merges choose `early_weight`.
+
+        That needs scores that estimate the error of a merge, and a merge rule whose later layers repair part of it.
+        """
         judges_merges = CRITERIA[self.scored_by].judges_merges and self.threshold != "percentile"
         return self.early_weight is None and judges_merges and self.merge == "reconstruct"
 
     @property
     def cuts_channels(self) -> bool:
-        """Whether channels are cut; single weights are zeroed otherwise, and stay zero."""
+        """True if channels are cut; otherwise single weights are set to zero and stay zero."""
         return self.granularity == "channel"
 
     @property
     def label_free_steps(self) -> int:
-        """Steps of polishing: `polish_steps`, or 100 where no finetuning follows; none where weights are zeroed."""
+        """Number of polishing steps: `polish_steps` or its default; 0 where single weights are set to zero."""
         if not self.cuts_channels:
             return 0
         usual = 0 if self.num_train_epochs else USUAL_POLISH_STEPS
@@ -258,7 +249,7 @@ class CampHiVeConfig:
         return cls(**without_texts(values))
 
 
-# These have no part in zeroing weights.
+# Fields without effect where single weights are set to zero.
 _CUTTING = ("target_macs", "cycles", "threshold", "early_weight", "scope", "round_to", "min_channels")
 _AT_LEAST_ONE = (
     "cycles",
@@ -283,18 +274,13 @@ _NOT_NEGATIVE = (
     "num_train_epochs",
     "learning_rate",
     "weight_decay",
-    "warmup_ratio",
-    "label_smoothing",
-    "distillation",
-    "implant_ratio",
     "head_epochs",
 )
-
-
-_BUDGETS = {  # option: least number that is no fraction, example, unit
+_SHARES = ("max_ratio", "warmup_ratio", "label_smoothing", "distillation", "implant_ratio")
+_BUDGETS = {  # option: least number that counts units, example of a fraction, unit
     "target_macs": (1000, "0.5", "MACs per image"),
     "target_params": (1000, "0.5", "parameters"),
-    "target_latency": (0, "0.5", "milliseconds a batch"),
+    "target_latency": (0, "0.5", "milliseconds per batch"),
 }
 
 
@@ -360,6 +346,30 @@ def _either(names: Iterable[str]) -> str:
     """Join names as in "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def _check_ranges(config: CampHiVeConfig) -> None:
+    for name, (least, example, unit) in _BUDGETS.items():
+        if (value := getattr(config, name)) is not None:
+            _check_budget(name, value, least, example, unit)
+    for name in _AT_LEAST_ONE:
+        value = getattr(config, name)
+        _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        _require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
+    for name in _SHARES:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{name} is {value}; it is a share between 0 and 1")
+    for pattern, ratio in config.layer_max_ratio.items():
+        _require(0 <= ratio <= 1, f"layer_max_ratio is {ratio} for {pattern!r}; it is a share between 0 and 1")
+    _require(
+        config.early_weight is None or 0 < config.early_weight <= 1,
+        f"early_weight is {config.early_weight}; it is a share above 0 and at most 1, where 1 leaves scores unchanged",
+    )
+    _require(config.seed < 2**32, f"seed is {config.seed}; it must be below 2^32")
+    _require(config.label_smoothing < 1, "label_smoothing is 1, which leaves no label; 0.1 is usual")
+    _require(config.temperature > 0, f"temperature is {config.temperature}; it must be positive (4 is usual)")
 
 
 def _check_granularity(config: CampHiVeConfig) -> None:

@@ -1,4 +1,4 @@
-"""What is measured of a network, as plain data: accuracy, cost and latency, and how figures are written."""
+"""Measurements of a network as plain data (accuracy, footprint, latency), and how figures are written."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of images whose label is the best guess (top1) or among the five best (top5), in [0, 1]."""
+    """Shares of images, in [0, 1], whose label has the largest logit (top1) or one of the five largest (top5)."""
 
     top1: float
     top5: float
@@ -19,38 +19,38 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """Of top1, sqrt(p (1 - p) / N); where no image, or every one, is right, that of half an image: none is certain."""
+        """Standard error of top1, sqrt(p (1 - p) / N), with p kept at least half an image away from 0 and 1."""
         p = min(max(self.top1, 0.5 / self.images), 1 - 0.5 / self.images)
         return math.sqrt(p * (1 - p) / self.images)
 
 
 def published(name: str) -> str:
-    """A model's or dataset's name as a report gives it: of an absolute path the last part, as reports are published."""
+    """Return a model's or dataset's name for a report: of an absolute path only the last part, as reports are public."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def format_share(share: float) -> str:
-    """0.9339 -> "93.39 %"."""
+    """Format a share in percent: 0.9339 becomes "93.39 %"."""
     return f"{100 * share:.2f} %"
 
 
 def format_count(count: float) -> str:
-    """1814073344 -> "1.814 G"."""
+    """Format a count with four digits: 1814073344 becomes "1.814 G"."""
     return _scaled(count, ("", "k", "M", "G", "T"), 4)
 
 
 def format_bytes(size: float) -> str:
-    """46837096 -> "46.8 MB" (decimal)."""
+    """Format bytes in decimal units: 46837096 becomes "46.8 MB"."""
     return _scaled(size, ("B", "kB", "MB", "GB"), 3)
 
 
 def format_ms(milliseconds: float) -> str:
-    """71.23 -> "71.2 ms"."""
+    """Format milliseconds with three digits: 71.23 becomes "71.2 ms"."""
     return f"{_digits(milliseconds, 3)} ms"
 
 
 def _digits(value: float, significant: int) -> str:
-    """Fixed-point text with so many significant digits, as far as digits after the point can give them."""
+    """Return fixed-point text with this many significant digits; digits before the point are never rounded away."""
     whole = len(str(int(abs(value))))
     return f"{value:.{max(0, significant - whole)}f}"
 
@@ -74,9 +74,9 @@ class Latency:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a network costs: parameters, MACs per image, bytes of its safetensors file, latency by batch size.
+    """Cost of a network: parameters, MACs per image, bytes of its safetensors file, latency by batch size.
 
-    `folded_ms` is the latency as the network would be deployed (`folding.fold`).
+    `folded_ms` is the latency of the network as it would be deployed (`network.surgery.folding.fold`).
     """
 
     parameters: int
@@ -87,9 +87,9 @@ class Footprint:
 
 
 def format_cost(cost: str, value: float) -> str:
-    """("macs", 1200) -> "1,200 MACs per image"; ("latency", 3.14159) -> "3.14 ms a batch"."""
+    """Format a cost with its unit: ("macs", 1200) becomes "1,200 MACs per image", ("latency", 3.14159) "3.14 ms per batch"."""
     if cost == "latency":
-        return f"{value:.3g} ms a batch"
+        return f"{value:.3g} ms per batch"
     return f"{value:,.0f} {'MACs per image' if cost == 'macs' else 'parameters'}"
 
 

@@ -1,6 +1,6 @@
-"""The plan as a value: which channels of which group go, worked out before a weight is touched.
+"""The pruning plan as a value: which channels of which group are removed, decided before any weight changes.
 
-Pure data, standard library only. Equal plans are ==, and a plan equals its JSON.
+Pure data without heavy imports. Plans compare by value, and a plan equals the one read back from its JSON.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,10 +22,11 @@ Role = Literal["producer", "affine", "consumer", "statistics"]
 class Slot:
     """One axis of one tensor that carries a group's channels.
 
-    Role "statistics": "<weight>#gone", the channels that do not count in a norm's statistics; no real tensor.
-
-    `index` lists positions along the axis, channel by channel: channel c of a group of C channels sits at
+    `index` lists positions along the axis, channel by channel: channel c of a group of C channels is at
     `index[c * r : (c + 1) * r]` with r = len(index) / C (r > 1 after a flatten, or in tied convolution groups).
+
+    With role "statistics" no tensor has the name: "<weight>#gone" stands for the channels that a norm leaves out of its
+    statistics.
     """
 
     tensor: str
@@ -34,14 +35,14 @@ class Slot:
     index: tuple[int, ...]
 
     def positions(self, channels: Iterable[int], size: int) -> list[int]:
-        """Positions of the given channels, in ascending order, for a group of `size` channels."""
+        """Return the ascending positions of `channels` of a group of `size` channels."""
         repeat = len(self.index) // size
         return sorted(p for c in channels for p in self.index[c * repeat : (c + 1) * repeat])
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that live or die together, across every tensor that carries them.
+    """Channels that can only be removed together from all tensors that carry them.
 
     `frozen` is the reason why none may be removed, or None.
     """
@@ -52,15 +53,16 @@ class ChannelGroup:
     frozen: str | None = None
 
     def consumers(self) -> tuple[Slot, ...]:
+        """Return the slots of tensors that read the channels."""
         return tuple(slot for slot in self.slots if slot.role == "consumer")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch that can be dropped whole: module(x) becomes after(shortcut(x) + constant).
+    """A residual branch that can be dropped as a whole: module(x) becomes after(shortcut(x) + constant).
 
-    `shortcut` and `after` name the child modules of `module` that remain. `groups` are the groups inside the branch;
-    a branch is dropped when one of `gates`, each of which alone feeds the branch's output, is emptied.
+    `shortcut` and `after` name the child modules of `module` that remain. `groups` are the groups inside the branch. The
+    branch is dropped when any of the groups in `gates` loses all channels, since each of them alone feeds its output.
     """
 
     module: str
@@ -75,9 +77,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class ChannelCut:
-    """Channels `keep` of a group stay; `pairs` are (removed, receiver) channels of a pairwise merge rule.
+    """The cut of one group: its channels `keep` remain, the others are removed.
 
-    `implants` are channels that stay with 1x1 kernels only (HAP's neural implants); they come after those kept whole.
+    `pairs` are (removed, receiver) channels for merge rules that merge pairs. `implants` are channels that remain with
+    1x1 kernels only (HAP's neural implants), placed after those in `keep`.
     """
 
     group: str
@@ -88,7 +91,7 @@ class ChannelCut:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cost was before, was to come to at most, and came to by the plan: MACs per image, parameters or ms a batch."""
+    """A cost before pruning, its budget, and its value under the plan, in MACs per image, parameters or ms per batch."""
 
     cost: Literal["macs", "params", "latency"]
     before: float
@@ -98,10 +101,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """One cycle's decision: cuts and dropped branches for a network with these groups.
+    """The cuts and dropped branches of one cycle, for a network with these groups and branches.
 
-    `macs_before` and `macs_after` count multiply-accumulates per image (1 MAC = 2 FLOPs). `budgets` are what the cycle was
-    to meet; latency in them is predicted.
+    `macs_before` and `macs_after` count multiply-accumulates per image (1 MAC = 2 FLOPs). `budgets` are those of this
+    cycle; latency in them is predicted.
+
+    Raises:
+        PlanError: The plan contradicts itself, such as by cutting a frozen group.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -141,25 +147,26 @@ class PrunePlan:
 
     @cached_property
     def keep(self) -> Mapping[str, tuple[int, ...]]:
-        """Kept channels of every group, cut or not."""
+        """Kept channels of each group, cut or not."""
         kept = {group.name: tuple(range(group.size)) for group in self.groups}
         return kept | {cut.group: cut.keep for cut in self.cuts}
 
     @cached_property
     def remain(self) -> Mapping[str, tuple[int, ...]]:
-        """Channels of every group that are there after the cut, in their order there: kept ones, then implants."""
+        """Channels of each group after the cut, in their order there: kept ones, then implants."""
         return {name: (*kept, *self.implants.get(name, ())) for name, kept in self.keep.items()}
 
     @cached_property
     def implants(self) -> Mapping[str, tuple[int, ...]]:
-        """Implanted channels of the groups that have some."""
+        """Channels that become implants, for the groups that have any."""
         return {cut.group: cut.implants for cut in self.cuts if cut.implants}
 
     def without_implants(self) -> "PrunePlan":
-        """The same plan with implants removed like the other victims."""
+        """Return the plan with implants removed like other channels."""
         return replace(self, cuts=tuple(replace(cut, implants=()) for cut in self.cuts)) if self.implants else self
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as an entry of `prune_plan.json`."""
         return {
             "criterion": self.criterion,
             "merge": self.merge,
@@ -211,18 +218,8 @@ class PrunePlan:
         )
 
     def summary(self) -> str:
-        """The plan as a table: one row a group that is cut, then what is dropped and what is frozen."""
-        rows = [("group", "channels", "kept", "removed")]
-        keep = self.keep
-        for group in self.groups:
-            if (kept := len(keep[group.name])) < group.size:
-                rows.append((group.name, str(group.size), str(kept), f"{1 - kept / group.size:.0%}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+        """Return the plan as a table: one row per group that is cut, then dropped branches, frozen groups and budgets."""
+        lines = self._cut_table()
         for name, channels in self.implants.items():
             lines.append(f"implants: {len(channels)} removed channels of {name} keep 1x1 kernels")
         if self.dropped:
@@ -242,8 +239,21 @@ class PrunePlan:
             lines.append(f"budget: at most {target}; {predicted}{after}, from {before}")
         return "\n".join(lines)
 
+    def _cut_table(self) -> list[str]:
+        rows = [("group", "channels", "kept", "removed")]
+        keep = self.keep
+        for group in self.groups:
+            if (kept := len(keep[group.name])) < group.size:
+                rows.append((group.name, str(group.size), str(kept), f"{1 - kept / group.size:.0%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
     def diff(self, other: "PrunePlan") -> str:
-        """Where two plans for the same groups part: one line a group, empty when they keep the same channels."""
+        """Return the differences to a plan for the same groups, one line per group; empty if there are none."""
         mine, theirs = self.keep, other.keep
         lines = []
         for name in sorted(mine.keys() | theirs.keys()):
@@ -280,7 +290,7 @@ def _cut_from(values: Mapping[str, Any]) -> ChannelCut:
 
 
 def encode_runs(numbers: Iterable[int]) -> str:
-    """Numbers as slices: (0, 1, 2, 8, 10, 12) -> "0:3 8:13:2"; single numbers stand alone."""
+    """Write numbers as slices: (0, 1, 2, 8, 10, 12) becomes "0:3 8:13:2", and a single number stays a number."""
     numbers, parts, i = list(numbers), [], 0
     while i < len(numbers):
         step = numbers[i + 1] - numbers[i] if i + 1 < len(numbers) else 0
@@ -297,7 +307,11 @@ def encode_runs(numbers: Iterable[int]) -> str:
 
 
 def decode_runs(text: str) -> tuple[int, ...]:
-    """The inverse of `encode_runs`."""
+    """Read the text of `encode_runs`.
+
+    Raises:
+        ValueError: The text is no list of slices and numbers.
+    """
     numbers: list[int] = []
     for part in text.split():
         bounds = [int(p) for p in part.split(":")]

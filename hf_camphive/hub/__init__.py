@@ -1,5 +1,5 @@
-"""What comes from the Hub or a folder, and what goes there.
+"""Models from the Hub or a folder, and model folders to save and push.
 
-Loads base networks and pruned ones, saves, pushes, writes report, card and plots. May import `core`, `network`, `training`
-and `curvature`, never `pruning`. Start with `loading.py` and `saving.py`.
+Loads networks to prune and pruned models, writes model folders with report, card and plots, and pushes them. May import
+`core`, `network`, `training` and `curvature`, never `pruning`. Start with `loading.py` and `saving.py`.
 """

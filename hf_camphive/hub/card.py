@@ -1,6 +1,7 @@
-"""The model card: a report told to whoever finds the model on the Hub.
+"""The model card: a report in words, for whoever finds the model on the Hub.
 
-Says only what the report says; what the report does not know is left out or named as not measured.
+States only what the report holds; the rest is left out or listed as not measured. Method names are worded by the rows in
+`core/methods.py`.
 """
 
 import re
@@ -23,7 +24,7 @@ from hf_camphive.hub.report import GroupRatio, PruneReport, Stage, budget_text
 from hf_camphive.network.surgery.widening import Expansion
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-FOLDER_PLACEHOLDER = "path/to/this/folder"  # in place of the repo's name, which a push gives the uploaded card
+FOLDER_PLACEHOLDER = "path/to/this/folder"  # in place of the repository's name, which a push gives the uploaded card
 BATCH_SIZES = (1, 32)
 MAX_BOTTLENECKS = 5
 _CAPTIONS = {  # in the order of the card
@@ -52,9 +53,9 @@ _BIBTEX = """\
 
 
 def render_card(report: PruneReport, repo_id: str | None, plots: Sequence[str] = ()) -> str:
-    """The text of README.md: metadata for the Hub, then the card.
+    """Return the text of README.md: metadata for the Hub, then the card.
 
-    `plots` are file names in the folder's `plots/`. Without a `repo_id` the load snippet says `FOLDER_PLACEHOLDER`.
+    `plots` are file names in the folder's `plots/`. Without a `repo_id` the load snippet names `FOLDER_PLACEHOLDER`.
     """
     name = repo_id.split("/")[-1] if repo_id else f"{_short(report.model_id)}-camphive"
     source = repo_id or FOLDER_PLACEHOLDER
@@ -89,7 +90,7 @@ def name_source(card: str, repo_id: str) -> str:
 
 
 def render_expansion_card(expansion: Expansion) -> str:
-    """The text of README.md beside a widened network: what it is, and that it is only a step on the way."""
+    """Return the text of README.md for a widened network, which is to be trained and pruned again."""
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
@@ -107,8 +108,8 @@ def render_expansion_card(expansion: Expansion) -> str:
         f"{_link(expansion.model_id)} with channels split into copies (Net2WiderNet, arXiv:1511.05641): the same "
         "function in more channels, to be trained further and pruned again. It is larger than its base and no better.\n",
         f"MACs per image: {macs[0]} before, {macs[1]} now. Parameters: {parameters[0]} before, {parameters[1]} now. "
-        f"Settings: `factor={expansion.factor}`, `spread={expansion.spread}`, `seed={expansion.seed}`; every copy "
-        "stands in `expansion.json`.\n",
+        f"Settings: `factor={expansion.factor}`, `spread={expansion.spread}`, `seed={expansion.seed}`; "
+        "`expansion.json` lists every copy.\n",
         "| channel group | before | now |\n| --- | ---: | ---: |",
         *rows,
     ]
@@ -206,7 +207,7 @@ def _other_readers(source: str) -> str:
 
 
 def _table(report: PruneReport) -> str:
-    """Stages side by side in Markdown; the last column compares the last with the first."""
+    """Return the stages side by side in Markdown; the last column compares the last stage with the first."""
     stages = report.stages
 
     def accuracy(key: str) -> Callable[[Stage], float | None]:
@@ -317,7 +318,7 @@ def _steps(report: PruneReport) -> str:
     settings = _settings(report, f"{'sparsity' if _zeroes_weights(report) else 'cycles'} calibration_size seed")
     items.append(f"Settings: {settings}; all of them in `camphive_config.json`.")
     items.append(_labels(report))
-    items.append("Every cut stands in `prune_plan.json`, every figure in `report.json`.")
+    items.append("`prune_plan.json` lists every cut, `report.json` every figure.")
     revision = f"`{report.revision}`" if report.revision else "not recorded"
     items.append(f"Revision of the base: {revision}. Architecture: timm `{report.architecture}`.")
     if report.environment:
@@ -348,7 +349,7 @@ def _settings(report: PruneReport, keys: str) -> str:
 
 def _data(report: PruneReport) -> str:
     if not report.splits:
-        return "The images that the scores and the repair looked at were not recorded."
+        return "The images used for scoring and repair were not recorded."
     revision = f", revision `{report.dataset_revision}`" if report.dataset_revision else ""
     lines = [f"{_link(report.dataset_id, 'datasets/')}{revision}.", ""]
     lines += ["| used as | split | images |", "| --- | --- | ---: |"]
@@ -377,7 +378,7 @@ def _limits(report: PruneReport) -> list[str]:
         "It inherits the biases and the license of its base and of the data.",
         "Zeros in the weights save nothing on ordinary hardware."
         if _zeroes_weights(report)
-        else "MACs are not time: measure latency on your own device.",
+        else "Fewer MACs need not mean less time: measure latency on your own device.",
     ]
 
 
@@ -404,7 +405,7 @@ def _short(name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A Hub id as it is; of a local path only the last part, which is nobody else's business."""
+    """Return a Hub id unchanged, and only the last part of a local path, which is private."""
     return name if _is_hub_id(name) else _short(name)
 
 

@@ -1,6 +1,6 @@
-"""Base networks: from a Hub id, a folder, the bundled network or a checkpoint, to a timm network in memory.
+"""Loading networks to prune (`load_base`) and pruned models (`from_pretrained`), from the Hub or a folder.
 
-Reads folders and the Hub's cache, writes nothing. Weights come from safetensors only, never from a pickle.
+Writes nothing but the Hub's cache. Weights are read from safetensors only, never from a pickle.
 """
 
 import copy
@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_camphive.core.errors import ModelError, PlanError, did_you_mean
 from hf_camphive.core.plan import PLAN_FILE, PrunePlan, plans_from_json
-from hf_camphive.hub.saving import _first_line
+from hf_camphive.hub.saving import first_line
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.modeling import modeling_camphive
 from hf_camphive.network.modeling.cifar import checkpoint_filter
@@ -42,16 +42,16 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _FILES = [CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, "README.md"]
 _PICKLES = (".bin", ".pth", ".pt", ".th", ".tar", ".ckpt", ".pkl")
-# What timm raises where a config's arguments or weights do not fit the architecture.
+# Errors that timm raises where a config's arguments or weights do not fit the architecture.
 _UNFIT = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A network to prune, and where it came from.
+    """A network to prune, and its origin.
 
-    `architecture` and `model_args` (never num_classes) are what `timm.create_model` rebuilds the dense network from;
-    for a network that was pruned before, the one it was pruned from, and `plans` tells what was cut since.
+    `timm.create_model(architecture, **model_args)` builds the dense network (`model_args` never holds num_classes). For
+    a network that was pruned before, that is the network before any pruning, and `plans` are those applied since.
     """
 
     net: nn.Module
@@ -70,7 +70,10 @@ def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
 
     `model_id` is a Hub id ("timm/resnet18.a1_in1k", perhaps with "@revision"), a folder in timm's layout or one that
     this package saved, the name of a bundled network (`BUNDLED`), the name of a timm network with published weights, or, with
-    `checkpoint` (a safetensors file), of any timm network. Raises `ModelError`, before any work, on all that fails.
+    `checkpoint` (a safetensors file), of any timm network.
+
+    Raises:
+        ModelError: The network cannot be found, downloaded, read, or built by timm.
     """
     for prefix in ("hf-hub:", "hf_hub:", "local-dir:"):
         model_id = model_id.removeprefix(prefix)
@@ -98,7 +101,11 @@ def load_base(model_id: str, checkpoint: str | None = None) -> BaseModel:
 
 
 def as_base(model: BaseModel | nn.Module | str) -> BaseModel:
-    """A network of timm's, or what `load_base` accepts, with what is known of it; raises `ModelError` on others."""
+    """Return a timm network, or whatever `load_base` accepts, as a `BaseModel`.
+
+    Raises:
+        ModelError: The network is not one of timm's, or `load_base` fails.
+    """
     if isinstance(model, BaseModel):
         return model
     if isinstance(model, str):
@@ -106,8 +113,8 @@ def as_base(model: BaseModel | nn.Module | str) -> BaseModel:
     model = getattr(model, "timm_model", model)  # transformers' wrapper of timm networks
     if isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"{type(model).__name__} is written by transformers itself, which builds it from one width for all layers, so "
-            "that it could not be read back at others; give the same network from timm"
+            f"{type(model).__name__} is one of transformers' own models, which are built from one width for all layers and "
+            "could not be read back with others; give the same network from timm"
         )
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(model, nn.Module) or not config or not config.get("architecture"):
@@ -135,9 +142,9 @@ def weights_fingerprint(net: nn.Module) -> str:
 
 
 def replace_head(base: BaseModel, label_names: Sequence[str], seed: int) -> BaseModel:
-    """The same network with a fresh classifier for these labels, drawn from `seed`; `base` is left as it was."""
+    """Return a copy of `base` with a new classifier for these labels, drawn from `seed`."""
     net = copy.deepcopy(base.net)
-    # timm draws the new weights itself, from the global generator: lend it one that starts at the seed.
+    # timm draws the new weights itself, from the global generator, which is seeded here and restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net.reset_classifier(len(label_names))
@@ -192,7 +199,7 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel
     for name in ("widths", "shortcuts", "attributes") if pruned else ():
         args.pop(name, None)
     labels = _label_names(net, config)
-    # Where the files lie on this machine is nobody's business later on.
+    # Paths of this machine must not be saved with the model.
     net.pretrained_cfg = net.default_cfg = {k: v for k, v in source.items() if k not in ("file", "source", "url")} | {
         "label_names": labels
     }
@@ -229,7 +236,7 @@ def _from_checkpoint(name: str, file: Path) -> BaseModel:
             f"checkpoint {str(file)!r} does not fit {name!r} ({_short(error)}); name the network that it comes from"
         ) from error
     net.pretrained_cfg = net.default_cfg = {k: v for k, v in net.pretrained_cfg.items() if k not in _SOURCES}
-    # The checkpoint is somebody's own: timm's licence for its own weights of that architecture says nothing about it.
+    # The license that timm lists for its own weights of that architecture does not apply to a user's checkpoint.
     return BaseModel(net.eval(), name, {}, name, None, None, _label_names(net, {}))
 
 
@@ -237,10 +244,14 @@ _SOURCES = ("file", "source", "url", "hf_hub_id", "hf_hub_filename", "license", 
 
 
 def _published(name: str) -> str:
-    """The Hub id of a timm network's published weights; raises `ModelError` where there are none."""
+    """Return the Hub id of a timm network's published weights.
+
+    Raises:
+        ModelError: There are none.
+    """
     try:
         config = timm.models.get_pretrained_cfg(name)
-    except RuntimeError:  # an architecture that timm knows, with a tag that it does not
+    except RuntimeError:  # a known architecture with an unknown tag
         config = None
     if config is None:
         raise ModelError(
@@ -306,7 +317,7 @@ def _check_weights(folder: Path, model_id: str) -> None:
 
 def _check_safetensors(file: Path, source: str) -> None:
     try:
-        with safe_open(file, "pt") as tensors:  # reads the header, and that the file is as long as it says
+        with safe_open(file, "pt") as tensors:  # reads the header and checks the file's length
             tensors.keys()
     except (SafetensorError, OSError, ValueError) as error:
         with file.open("rb") as stream:
@@ -320,15 +331,15 @@ def _check_safetensors(file: Path, source: str) -> None:
 
 
 def _pickles_on_hub(repo: str, revision: str | None) -> list[str]:
-    with suppress(OSError, ValueError):  # offline, the cached files tell
+    with suppress(OSError, ValueError):  # offline, only the cached files are known
         return sorted(name for name in list_repo_files(repo, revision=revision) if name.endswith(_PICKLES))
     return []
 
 
 def _pickled(source: str, name: str) -> ModelError:
     return ModelError(
-        f"{source!r} keeps its weights in the pickle {name}, which can run any code when it is opened, so it is "
-        "refused; give a safetensors version (https://huggingface.co/spaces/safetensors/convert makes one)"
+        f"{source!r} keeps its weights in the pickle {name}, which can run any code when it is opened, and is "
+        "therefore refused; give a safetensors version (https://huggingface.co/spaces/safetensors/convert makes one)"
     )
 
 
@@ -347,10 +358,10 @@ def _license(folder: Path, model_id: str, architecture: str, source: dict[str, A
         return source["license"]
     card = folder / "README.md"
     if card.exists():
-        with suppress(OSError, ValueError):  # a card without readable metadata says nothing about the licence
+        with suppress(OSError, ValueError):  # a card without readable metadata names no license
             if isinstance(name := ModelCard.load(card, ignore_metadata_errors=True).data.license, str):
                 return name
-    if model_id.startswith("timm/"):  # only timm's own weights have the licence that timm lists
+    if model_id.startswith("timm/"):  # only timm's own weights have the license that timm lists
         tag = f"{architecture}.{source['tag']}" if source.get("tag") else architecture
         listed = timm.models.get_pretrained_cfg(tag)
         return listed.license if listed is not None else None
@@ -372,12 +383,12 @@ def _short(error: BaseException) -> str:
 def from_pretrained(
     path_or_id: str | Path, revision: str | None = None, **kwargs: Any
 ) -> CampHiVeForImageClassification:
-    """Load a pruned model from a folder or the Hub; runs no code from there.
+    """Load a pruned model from a folder or the Hub, without running code from there.
 
-    Weights come from safetensors only. `kwargs` go to transformers' `from_pretrained` (dtype, device_map, token, ...).
+    Weights come from safetensors only. `kwargs` are passed to transformers' `from_pretrained` (dtype, device_map, token, ...).
 
     Raises:
-        ModelError: On anything that is not a whole model of ours, or whose config.json asks for other files.
+        ModelError: There is no whole model saved by this package, or its config.json asks for other files.
     """
     source = str(path_or_id)
     where = {"revision": revision} if revision else {}
@@ -387,7 +398,7 @@ def from_pretrained(
             raise OSError("there is none")
     except (OSError, ValueError, HTTPError) as error:
         raise ModelError(
-            f"cannot read config.json of {source} ({_first_line(error)}); give a folder that hf_camphive saved, or "
+            f"cannot read config.json of {source} ({first_line(error)}); give a folder that hf_camphive saved, or "
             "the Hub id of one"
         ) from error
     if values.get("model_type") != MODEL_TYPE:
@@ -405,7 +416,7 @@ def from_pretrained(
     try:
         model, found = CampHiVeForImageClassification.from_pretrained(source, **how)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, HTTPError) as error:
-        raise _damaged(source, _first_line(error)) from error
+        raise _damaged(source, first_line(error)) from error
     if found["missing_keys"]:
         raise _damaged(source, f"model.safetensors lacks {_listed(found['missing_keys'])}")
     if found["unexpected_keys"]:

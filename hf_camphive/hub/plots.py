@@ -1,7 +1,7 @@
-"""Pictures of a report, for the model card: what was cut, what it cost and saved, the scores, the finetuning.
+"""Plots of a report for the model card: accuracy and cost, widths, pruning ratios, scores, finetuning.
 
-Draws from data alone, into files; touches no network and none of matplotlib's global state. Colours are Okabe and
-Ito's, which people with any colour vision can tell apart; sizes are made for a README, some 800 pixels wide.
+Draws from data alone and leaves matplotlib's global state unchanged. Colours are those of Okabe and Ito, which can be told
+apart with any colour vision; sizes suit a README of about 800 pixels width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +31,10 @@ _Cost = tuple[str, float, float, Callable[[float], str]]
 
 
 def draw_plots(report: PruneReport, scores: Mapping[str, Sequence[float]] | None, folder: Path) -> dict[str, Path]:
-    """Draw what there is to draw into an existing folder; returns the files by name.
+    """Draw the plots that the report has data for into an existing folder, and return the files by name.
 
-    "summary" always, "widths" and "ratios" where groups were cut, "scores" where scores per group and channel are given,
-    "finetune" where the report has a finetuning log.
+    "summary" is always drawn, "widths" and "ratios" where groups were cut, "scores" where `scores` by group and channel
+    are given, "finetune" where the report has a finetuning log.
     """
     figures: dict[str, Figure] = {"summary": draw_summary(report)}
     if report.groups:
@@ -53,7 +53,7 @@ def draw_plots(report: PruneReport, scores: Mapping[str, Sequence[float]] | None
 
 
 def draw_widths(report: PruneReport) -> Figure:
-    """One row a channel group, in forward order: the share of its channels that is kept."""
+    """Draw the share of channels kept, one row per channel group in forward order."""
     groups = report.groups
     pitch = 0.21 if len(groups) <= 40 else 0.17
     text = 8.5 if len(groups) <= 40 else 7.5
@@ -98,13 +98,16 @@ def draw_widths(report: PruneReport) -> Figure:
 
 
 def draw_ratios(report: PruneReport) -> Figure:
-    """One row a group that could be cut, least pruned first; bottlenecks stand out against the share of all."""
+    """Draw the share of channels removed, one row per group that could be cut, least pruned first.
+
+    A line marks the share over all these groups; bottlenecks have another colour.
+    """
     rows = report.pruning_ratios()
     groups = [group for group in report.groups if group.in_scope and not group.frozen]
     overall = 100 * (1 - sum(group.kept for group in groups) / sum(group.size for group in groups))
     text = 8.5 if len(rows) <= 40 else 7.5
     figure, axes = new_axes(1.4 + (0.21 if len(rows) <= 40 else 0.17) * len(rows))
-    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line, which may stand where a label does
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line behind a label
     for i, row in enumerate(rows):
         axes.barh(i, 100 * row.ratio, color=VERMILION if row.bottleneck else BLUE, height=0.78)
         label = f"{100 * row.ratio:.0f} %"
@@ -127,7 +130,7 @@ def draw_ratios(report: PruneReport) -> Figure:
 
 
 def draw_summary(report: PruneReport) -> Figure:
-    """Above: top-1 of every stage, where measured. Below: what the last stage costs, relative to the dense network."""
+    """Draw top-1 of each stage that was measured, and below it the last stage's cost relative to the dense network."""
     measured = [stage for stage in report.stages if stage.accuracy is not None]
     costs = _costs(report)
     heights = [len(rows) + 1.0 for rows in (measured, costs) if rows]
@@ -177,11 +180,11 @@ def _draw_costs(axes: Axes, costs: Sequence[_Cost], stage: str) -> None:
 
 
 def draw_scores(scores: Mapping[str, Sequence[float]], criterion: str) -> Figure:
-    """Every group's scores in ascending order, on a logarithmic axis; the colour says how deep the group lies."""
+    """Draw each group's scores in ascending order on a logarithmic axis; colours give the group's depth."""
     names = list(scores)
     chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(MAX_CURVES, len(names)))})
     figure, axes = new_axes(4.4)
-    # The palest end of the map would vanish on white.
+    # The palest end of the map would be invisible on white.
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(names)))
     hidden = 0
     for i in chosen:
@@ -210,7 +213,7 @@ def draw_scores(scores: Mapping[str, Sequence[float]], criterion: str) -> Figure
 
 
 def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
-    """Training loss and, where measured, validation top-1 after each epoch."""
+    """Draw the training loss and, where measured, validation top-1 after each epoch."""
     x = [epoch["epoch"] for epoch in epochs]
     panels = [("Training loss", [epoch["loss"] for epoch in epochs], VERMILION, ".3f")]
     if all(epoch["validation_top1"] is not None for epoch in epochs):
@@ -236,7 +239,7 @@ def draw_finetune(epochs: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def _costs(report: PruneReport) -> list[_Cost]:
-    """Label, dense value, last value and text of each cost that both stages have."""
+    """Return label, dense value, last value and number format of each cost that both stages have."""
 
     def latency(batch: int) -> Callable[[Stage], float | None]:
         return lambda stage: getattr(stage.footprint.latency_ms.get(batch), "median", None)

@@ -1,4 +1,4 @@
-"""What a run measured, as data, as JSON and as a table: accuracy and footprint of each stage, and what became of the groups."""
+"""The report of a run, as data, as JSON and as a table: accuracy and footprint of each stage, and the cut of each group."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,10 @@ BOTTLENECK_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Stage:
-    """A network on its way: "dense", "pruned", "polished" or "finetuned". `accuracy` None: not measured."""
+    """The network at one point of the run: "dense", "pruned", "polished" or "finetuned".
+
+    `accuracy` is None where it was not measured.
+    """
 
     name: str
     footprint: Footprint
@@ -37,9 +40,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What became of a channel group; `frozen` is the reason why it could not be cut, or None.
+    """Channels of a group before the first cycle (`size`) and after the last (`kept`).
 
-    `in_scope` is False where the run was asked to leave such groups alone.
+    `frozen` is the reason why the group could not be cut, or None; `in_scope` is False where the config's `scope`
+    excludes it.
     """
 
     name: str
@@ -51,7 +55,7 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupRatio:
-    """The share of a group's channels that was removed, in [0, 1], and whether that makes it a bottleneck."""
+    """Share of a group's channels that was removed, in [0, 1], and whether the group is a bottleneck."""
 
     group: str
     ratio: float
@@ -60,9 +64,10 @@ class GroupRatio:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """Everything a run has to say for itself; equal to its JSON. `input_size` is (channels, height, width).
+    """Settings, measurements and outcome of a run; equal to the report read back from its JSON.
 
-    `budgets` are what the plans were to meet; latency in them is predicted.
+    `input_size` is (channels, height, width), `splits` and `rows` are keyed by role (calibration, train, ...), `seconds`
+    by step. `budgets` cover all cycles; latency in them is predicted.
     """
 
     model_id: str
@@ -87,11 +92,11 @@ class PruneReport:
     environment: dict[str, str] = field(default_factory=dict)
 
     def pruning_ratios(self) -> tuple[GroupRatio, ...]:
-        """Pruning ratio of every group that could be cut, lowest first; the lowest are the network's bottlenecks.
+        """Return the pruning ratio of each group that could be cut, lowest first.
 
-        After SOSP (arXiv:2110.11395, expand-pruning): where a global criterion removes little, the network is too
-        narrow. Deviation: the paper reads such layers off a plot; here a bottleneck lost less than half the share that
-        all these groups lost together.
+        Bottlenecks are those of SOSP's expand-pruning (arXiv:2110.11395): where a global criterion removes little, the
+        network is too narrow. Deviation: the paper reads such layers off a plot; here a bottleneck lost less than
+        `BOTTLENECK_SHARE` times the share that all these groups lost together.
         """
         rows = [row for row in self.groups if row.in_scope and not row.frozen]
         overall = 1 - sum(row.kept for row in rows) / max(1, sum(row.size for row in rows))
@@ -144,19 +149,19 @@ class PruneReport:
         )
 
     def table(self) -> str:
-        """A title, then `stages_table`."""
+        """Return the report for the terminal: a title, the table of stages, and the budgets."""
         size = "x".join(str(n) for n in self.input_size)
         title = _wrap(f"{self.model_id} on {self.dataset_id}, images of {size}")
         lines = [*title, "", stages_table(self.stages, self.environment)]
         return "\n".join(lines + [line for budget in self.budgets for line in _wrap(budget_text(budget))])
 
     def batch_sizes(self) -> list[int]:
-        """Batch sizes whose latency was measured at any stage."""
+        """Return the batch sizes whose latency was measured at any stage."""
         return _batch_sizes(self.stages)
 
 
 def budget_text(budget: Budget) -> str:
-    """A budget in a sentence: what was asked for and what the plan came to."""
+    """Return a budget in a sentence: the target and the value under the plan."""
     said = "predicted" if budget.cost == "latency" else "planned"
     return (
         f"Budget: at most {format_cost(budget.cost, budget.target)} ({budget.target / budget.before:.1%} of the dense "
@@ -165,7 +170,11 @@ def budget_text(budget: Budget) -> str:
 
 
 def stages_table(stages: Sequence[Stage], environment: Mapping[str, str]) -> str:
-    """The stages side by side, at most 100 columns; the last column compares the last with the first."""
+    """Return the stages side by side; the last column compares the last stage with the first.
+
+    `environment` is that of `core.runtime.environment`, for the notes below the table, which are wrapped at
+    `TABLE_WIDTH` characters.
+    """
     rows = [["", *(stage.name for stage in stages)]]
     changes = ["change"]
     for label, value, show, compare in _quantities(stages):
@@ -188,7 +197,7 @@ def _batch_sizes(stages: Sequence[Stage]) -> list[int]:
 
 
 def _quantities(stages: Sequence[Stage]) -> list[tuple[str, Callable, Callable, Callable]]:
-    """One row of the table each: label, value of a stage (or None), its text, the text of a change."""
+    """Return the table's rows: label, value of a stage (or None), its text, text of a change."""
 
     def accuracy(key: str) -> Callable[[Stage], float | None]:
         return lambda stage: None if stage.accuracy is None else getattr(stage.accuracy, key)
@@ -255,7 +264,7 @@ def _points(before: float, after: float) -> str:
 
 
 def _ratio(better: str, worse: str) -> Callable[[float, float], str]:
-    """Text of a cost that should shrink: how many times `better`, or `worse`."""
+    """Return a function that words the change of a cost: how many times `better` or `worse`."""
 
     def compare(before: float, after: float) -> str:
         if not before or not after or f"{before / after:.2f}" == f"{after / before:.2f}" == "1.00":

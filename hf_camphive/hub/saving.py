@@ -1,6 +1,6 @@
-"""Saved models: the only file that writes model folders or talks to the Hub.
+"""Writing model folders and pushing them to the Hub.
 
-A folder is complete or absent: it is written beside its place under a hidden name and renamed.
+A folder is either complete or absent: it is written beside its place under a hidden name and renamed.
 """
 
 import json
@@ -39,7 +39,7 @@ _NEVER_PUSHED = ["checkpoints/*", "*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt"
 
 
 class Base(Protocol):
-    """What saving needs to know of the dense network; `models.BaseModel` has it."""
+    """The parts of `hub.loading.BaseModel` that saving needs."""
 
     architecture: str
     model_args: dict[str, Any]
@@ -48,7 +48,7 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What a folder holds: the network, the dense one that it comes from, and how it came about."""
+    """Contents of a model folder: the pruned network, the dense one, settings, plans of all cycles, and the report."""
 
     net: nn.Module
     base: Base
@@ -63,13 +63,13 @@ def save_folder(
     plots_from: Callable[[Path], Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the pruned network and all that is known about it, and return the folder.
+    """Write a pruned model's folder (weights, configs, plan, report, card, plots) and return it.
 
-    `plots_from` draws pictures into the folder that it is given. A folder saved before is replaced whole when
-    `overwrite` is set.
+    `plots_from` draws pictures into the folder that it is given. With `overwrite` a folder saved before is replaced as a
+    whole.
 
     Raises:
-        OutputError: Where `check_output_folder` does, or when the disk refuses.
+        OutputError: `check_output_folder` refuses the folder, or it cannot be written.
     """
 
     def fill(temporary: Path) -> None:
@@ -95,7 +95,13 @@ def save_expanded(
     expansion: Expansion,
     overwrite: bool = False,
 ) -> Path:
-    """Write a widened network, to train and prune again; `plans` tell what had been cut before. As `save_folder`."""
+    """Write the folder of a widened network, which is to be trained and pruned again, and return it.
+
+    `plans` are those that made the network before it was widened.
+
+    Raises:
+        OutputError: `check_output_folder` refuses the folder, or it cannot be written.
+    """
 
     def fill(temporary: Path) -> None:
         _transformers_model(net, base).save_pretrained(temporary)
@@ -107,13 +113,13 @@ def save_expanded(
 
 
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """Resolve a folder that `save_folder` may write, and prove it before any work is done.
+    """Return the absolute path of a folder after checking, before any work, that `save_folder` may write it.
 
-    An absent or empty folder will do, and with `overwrite` a model folder that holds nothing but what this package
-    writes. Puts a folder back that a run killed in the midst of replacing it left aside.
+    The folder may be absent or empty, or with `overwrite` a model folder that holds nothing but what this package
+    writes. If a run was killed while replacing the folder, the old one is put back first.
 
     Raises:
-        OutputError: Where the folder holds anything else, or its place cannot be written.
+        OutputError: The folder holds anything else, or its place cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
     _clear_remains(folder)
@@ -164,7 +170,7 @@ def _transformers_model(net: nn.Module, base: Base) -> CampHiVeForImageClassific
 
 
 def _written(folder: str | Path, fill: Callable[[Path], None], overwrite: bool) -> Path:
-    """Let `fill` write a folder beside its place, and put it there whole."""
+    """Let `fill` write a temporary folder beside `folder`, and move it there when it is complete."""
     folder = check_output_folder(folder, overwrite)
     for stale in _siblings(folder, "tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -175,8 +181,8 @@ def _written(folder: str | Path, fill: Callable[[Path], None], overwrite: bool) 
         _put_in_place(temporary, folder)
     except OSError as error:
         raise OutputError(
-            f"could not write {folder} ({error}); what stood there before is untouched: free some space or choose "
-            "another folder"
+            f"could not write {folder} ({error}); what it held before is unchanged: free some space or choose another "
+            "folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -211,13 +217,13 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload pruned model",
 ) -> str:
-    """Upload a saved folder to the Hub in one commit, and return its address.
+    """Upload a saved folder to the Hub in one commit, and return the repository's address.
 
-    The repo is created when it does not exist. The uploaded card names it; the folder itself stays as it is. Training
-    checkpoints and pickles are left out.
+    The repository is created if it does not exist. The uploaded card names it; the folder itself stays as it is.
+    Training checkpoints and pickles are left out.
 
     Raises:
-        OutputError: Where the folder holds no model of this package, or the Hub refuses.
+        OutputError: The folder holds no model of this package, or the upload fails.
     """
     folder = Path(folder)
     if not _is_model(folder):
@@ -230,8 +236,8 @@ def push_folder(
         api.create_commit(url.repo_id, _additions(folder, url.repo_id), commit_message=commit_message)
     except (OSError, ValueError, HTTPError) as error:
         raise OutputError(
-            f"could not push {folder} to {repo_id} ({_first_line(error)}); it is whole on disk: log in with "
-            "`hf auth login`, make sure that you may write to that repo, and push again"
+            f"could not push {folder} to {repo_id} ({first_line(error)}); it is complete on disk: log in "
+            "with `hf auth login`, make sure that you may write to that repository, and push again"
         ) from error
     return str(url)
 
@@ -246,8 +252,9 @@ def _additions(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    # A folder cannot be renamed onto one that has files, so the old one steps aside first. Killed before: the old one
-    # stands. Between the two renames: both are whole, and `check_output_folder` puts the old one back. After: the new.
+    # A folder cannot be renamed onto one that has files, so the old one is moved aside first. If the process is killed
+    # before that, the old folder is in place; between the two renames both are complete, and `check_output_folder` puts
+    # the old one back; afterwards the new one is in place.
     aside = _sibling(folder, "old")
     if folder.exists():
         os.rename(folder, aside)
@@ -275,5 +282,6 @@ def _several(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

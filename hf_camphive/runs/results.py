@@ -1,6 +1,6 @@
-"""What a comparison measured, as data: one row a run, its mean and spread over seeds, as JSON, CSV and Markdown.
+"""Results of a comparison as data: one row per run, mean and spread over seeds, as JSON, CSV and Markdown.
 
-Pure: knows no network and writes no file. Accuracies are top-1 shares in [0, 1], seconds wall time, MACs per image.
+Pure: needs no network and writes no file. Accuracies are top-1 shares in [0, 1], seconds are wall time, MACs per image.
 """
 
 import csv
@@ -16,12 +16,12 @@ from hf_camphive.core.errors import OutputError
 from hf_camphive.core.records import RecordFormat
 
 FORMAT = RecordFormat("results.json", OutputError, remedy="restore it, or choose another --output-dir")
-STEPS = ("score", "plan", "merge", "recalibrate", "polish", "finetune")  # those whose seconds the table shows
+STEPS = ("score", "plan", "merge", "recalibrate", "polish", "finetune")  # steps whose seconds the tables show
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One run of a grid: `ratio` times fewer MACs in so many `cycles`, calibrated on so many images of this seed."""
+    """One run of a grid: `ratio` times fewer MACs in `cycles` cycles, with calibration images drawn by `seed`."""
 
     method: str
     merge: str
@@ -39,11 +39,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What one run measured.
+    """Measurements of one run.
 
-    `pruned` is the network straight after the cut, `recalibrated` the same with the BatchNorm statistics of the
-    calibration images; the merge rule says which of the two it delivers (`recalibrates`), and that one is polished and
-    finetuned, where the settings ask for it. `notes` are the pruner's: early weight, polish, what was left out.
+    `pruned` is the accuracy directly after the cut, `recalibrated` the one with the BatchNorm statistics of the
+    calibration images. The merge rule delivers the latter if `recalibrates` is set, else the former; the network it
+    delivers is polished and finetuned if the settings ask for it. `notes` are the pruner's.
     """
 
     cell: Cell
@@ -66,10 +66,12 @@ class Row:
 
     @property
     def delivered(self) -> float:
+        """Accuracy of the network that the merge rule delivers."""
         return self.recalibrated if self.recalibrates else self.pruned
 
     @property
     def final(self) -> float:
+        """Accuracy at the end of the run."""
         later = [stage for stage in (self.finetuned, self.polished) if stage is not None]
         return later[0] if later else self.delivered
 
@@ -83,51 +85,56 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
+        """Return the spread of these values."""
         values = list(values)
         return cls(mean(values), stdev(values) if len(values) > 1 else None)
 
     def percent(self) -> str:
-        """0.9083, 0.0025 -> "90.83 ± 0.25"."""
+        """Format in percent: 0.9083 and 0.0025 become "90.83 ± 0.25"."""
         return f"{100 * self.mean:.2f}" + ("" if self.deviation is None else f" ± {100 * self.deviation:.2f}")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of one cell over all seeds; `cell` is that of the lowest seed."""
+    """The rows of one cell over all seeds; `cell` is the one of the lowest seed."""
 
     cell: Cell
     rows: tuple[Row, ...]
 
     def of(self, value: Callable[[Row], float]) -> Spread:
+        """Return the spread of a quantity over the rows."""
         return Spread.of(map(value, self.rows))
 
     @property
     def recipe(self) -> Cell:
-        """What the rows have in common besides the ratio: one line of a plot."""
+        """The cell without ratio and seed, which identifies one line of a plot."""
         return replace(self.cell, ratio=0.0, seed=0)
 
 
 @dataclass(frozen=True)
 class Results:
-    """All rows so far, those that failed with the reason, and the settings that they share."""
+    """All rows so far, the failed cells with their reasons, and the settings that all rows share."""
 
     settings: dict[str, Any]
     rows: tuple[Row, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
 
     def done(self) -> frozenset[Cell]:
+        """Return the cells that have a row."""
         return frozenset(row.cell for row in self.rows)
 
     def with_row(self, row: Row) -> "Results":
+        """Return the results with a row added, in place of an older row or failure of the same cell."""
         kept = [other for other in self.rows if other.cell != row.cell]
         failed = {key: reason for key, reason in self.failed.items() if key != str(row.cell)}
         return replace(self, rows=tuple(sorted([*kept, row], key=lambda row: row.cell)), failed=failed)
 
     def with_failure(self, cell: Cell, reason: str) -> "Results":
+        """Return the results with the reason why a cell failed."""
         return replace(self, failed=dict(sorted({**self.failed, str(cell): reason}.items())))
 
     def summaries(self) -> list[Summary]:
-        """One for each cell but for its seed, in the order of cells."""
+        """Return one summary per cell without its seed, in the order of cells."""
         together: dict[Cell, list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.cell):
             together.setdefault(replace(row.cell, seed=0), []).append(row)
@@ -154,7 +161,7 @@ class Results:
         return cls(**values | {"settings": without_texts(values["settings"]), "rows": rows})
 
     def to_csv(self) -> str:
-        """One line a row, shares in [0, 1]; seconds of each step in a column of its own."""
+        """Return one line per row, with shares in [0, 1] and a column for the seconds of each step."""
         plain = [f.name for f in fields(Row) if f.name not in ("cell", "seconds", "environment", "notes")]
         columns = [f.name for f in fields(Cell)] + plain + [f"seconds_{step}" for step in STEPS]
         text = io.StringIO()
@@ -166,7 +173,7 @@ class Results:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """The comparison for people: what is delivered at each ratio, then every stage with its cost."""
+        """Return two tables: final accuracy by method and ratio, then every stage of each cell with its cost."""
         if not self.rows:
             return "No row is done yet.\n"
         parts = [_measured(self), by_ratio(self.summaries()), "", *_failures(self), _all_stages(self.summaries())]
@@ -178,7 +185,7 @@ def _row(cell: dict[str, Any], notes: Iterable[str] = (), **values: Any) -> Row:
 
 
 def by_ratio(summaries: Iterable[Summary]) -> str:
-    """A Markdown table: methods down, ratios across, top-1 in % at the end of each run, the best of a ratio in bold."""
+    """Return a Markdown table of final top-1 in %: one row per recipe, one column per ratio, its best value in bold."""
     summaries = list(summaries)
     ratios = sorted({summary.cell.ratio for summary in summaries})
     found = {(summary.recipe, summary.cell.ratio): summary.of(lambda row: row.final) for summary in summaries}
@@ -234,9 +241,9 @@ def _measured(results: Results) -> str:
     splits = " and ".join(sorted({repr(row.split) for row in rows}))
     return (
         f"Top-1 accuracy in %, mean ± sample standard deviation over seeds, on {images:,} images of {splits}; dense "
-        f"{dense.percent()}. Whatever the seeds say, one accuracy has a standard error of at least {error:.2g} points "
-        "from its test images.\nIn the second table, bold is what the merge rule delivers (before or after BatchNorm "
-        "recalibration)\nand what is finetuned.\n"
+        f"{dense.percent()}. Besides the spread over seeds, one accuracy has a standard error of at least {error:.2g} "
+        "points from its test images.\nIn the second table, bold is the accuracy that the merge rule delivers (before or "
+        "after BatchNorm recalibration);\nthat network is finetuned.\n"
     )
 
 
@@ -250,6 +257,6 @@ def _table(header: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Where two settings part, one text each: "learning_rate: 0.005 then, 0.01 now"."""
+    """Return the differences of two settings, one text each: "learning_rate: 0.005 then, 0.01 now"."""
     keys = sorted(saved.keys() | now.keys())
     return [f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in keys if saved.get(key) != now.get(key)]

@@ -32,7 +32,7 @@ def test_presets_are_offered_by_name(capsys):
     with pytest.raises(SystemExit, match="0"):
         parsed("--preset", "hap", "--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Recipe that sets several of the options below" in shown and "scored." in shown
+    assert "Recipe that sets several of the options below" in shown and "Importance of a channel." in shown
     assert re.search(r"--criterion .*?\(default: hap\)", shown) and re.search(r"--merge .*?\(default: none\)", shown)
 
 

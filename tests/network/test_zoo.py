@@ -219,7 +219,7 @@ def test_random_networks_compute_what_their_masked_twins_do(kinds):
 )
 def test_networks_of_transformers_itself_are_refused_with_the_reason(config, tmp_path):
     net = AutoModelForImageClassification.from_config(config)
-    with pytest.raises(ModelError, match=r"ForImageClassification is written by transformers itself.* from timm"):
+    with pytest.raises(ModelError, match=r"ForImageClassification is one of transformers' own models.* from timm"):
         CampHiVePruner(net)
     net.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=rf"type '{config.model_type}', not a timm image classifier"):

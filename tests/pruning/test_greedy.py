@@ -376,7 +376,7 @@ def test_parameters_of_a_dropped_branch_leave_a_constant():
 def test_latency_out_of_reach():
     network = timed(chain(1, 8, 8, 1), stairs("g1", 1))
     with pytest.raises(
-        PlanError, match=r"budget of 0.5 ms a batch \(6.2%\) cannot be met: .* is 1 ms a batch \(12.5%\)"
+        PlanError, match=r"budget of 0.5 ms per batch \(6.2%\) cannot be met: .* is 1 ms per batch \(12.5%\)"
     ):
         latency_plan(network, {}, 0.5)
 

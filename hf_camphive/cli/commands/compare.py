@@ -32,7 +32,11 @@ class CompareArguments:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot."""
+    """Compare criteria, merge rules and ratios over several seeds; resumable, with a table and a plot.
+
+    Raises:
+        CampHiVeError: Options cannot work, or the network, the dataset or the folder cannot be used.
+    """
     settings = config_options(without=("criterion", *vars(CompareArguments()), *NOT_COMPARED), num_train_epochs=0.0)
     model, data, asked, chosen = parse(compare, arguments, ModelArguments, DataArguments, CompareArguments, settings)
     check_stream(data, chosen)

@@ -10,7 +10,13 @@ from hf_camphive.core.errors import ConfigError
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Print the accuracy and the cost of a model."""
+    """Print the accuracy and the cost of a model.
+
+    Raises:
+        ConfigError: The dataset has another number of classes than the network.
+        ModelError: The network cannot be found or read.
+        DataError: The dataset cannot be found or used.
+    """
     model, data = parse(evaluate, arguments, ModelArguments, DataArguments)
 
     from hf_camphive.core.runtime import Workers, environment, make_accelerator

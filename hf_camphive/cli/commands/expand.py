@@ -33,7 +33,14 @@ class ExpandArguments:
 
 
 def expand(arguments: Sequence[str]) -> None:
-    """Split the channels of some groups into copies, which leaves the function as it is, and save the wider network."""
+    """Split the channels of some groups into copies, which leaves the function as it is, and save the wider network.
+
+    Raises:
+        ConfigError: Options contradict one another.
+        ModelError: The network, or the report that names bottlenecks, cannot be read.
+        PlanError: A group cannot be widened, or there is no bottleneck.
+        OutputError: The output folder must not be written.
+    """
     if arguments and not arguments[0].startswith("-"):  # camphive expand MODEL
         arguments = ["--model", *arguments]
     model, options = parse(expand, arguments, ModelArguments, ExpandArguments)

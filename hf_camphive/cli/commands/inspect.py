@@ -11,7 +11,11 @@ BAR = 16  # characters of the widest group
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why."""
+    """Print a network's channel groups with their share of MACs and parameters, and what is frozen and why.
+
+    Raises:
+        ModelError: The network cannot be found, read or traced.
+    """
     (model,) = parse(inspect, arguments, ModelArguments)
 
     import torch

@@ -38,7 +38,11 @@ class RunArguments:
 
 
 def prune(arguments: Sequence[str]) -> None:
-    """Prune a network, finetune it, save it, and print the report; without options, the demo (`make demo`)."""
+    """Prune a network, finetune it, save it, and print the report; without options, the demo (`make demo`).
+
+    Raises:
+        CampHiVeError: Options contradict one another, or a step of the run fails for a reason that the user can correct.
+    """
     model, data, run, config = prune_arguments(arguments)
     _check_together(data, run, config)
 
