@@ -98,11 +98,13 @@ def page(results: Path) -> str:
     """docs/comparison.md: for each network the comparison at its ratios, then what makes the difference."""
     parts = [
         "# The comparison in full\n",
-        "Written by `python benchmarks/compare.py --render` from the results kept in `docs/results/compare/`. "
-        "`tp-...` are importances of torch-pruning 1.6.1, global, on the groups that our default scope prunes; "
-        "`tp-...-all` prune every group but the classifier, as torch-pruning does unasked. With merge `none` they have "
-        "BatchNorm recalibrated, with `reconstruct` our reconstruction is given to their plan. Top-1 in %, mean ± "
-        "sample standard deviation over seeds (other calibration images each).\n",
+        "Written by `python benchmarks/compare.py --render` from the results kept in `docs/results/compare/`.\n",
+        "- Figures are top-1 accuracies in %: the mean and the sample standard deviation over seeds, each with other "
+        "calibration images.\n"
+        "- `tp-...` are importances of torch-pruning 1.6.1, applied globally to the channel groups that our default scope "
+        "prunes. `tp-...-all` prune every group but the classifier, as torch-pruning does by default.\n"
+        "- With merge `none`, networks pruned by torch-pruning have BatchNorm recalibrated. With `reconstruct`, our "
+        "reconstruction is applied to torch-pruning's plan.\n",
     ]
     for folder in sorted(path.parent for path in results.glob(f"*/{RESULTS}")):
         kept = Results.from_json((folder / RESULTS).read_text(encoding="utf-8"), str(folder / RESULTS))

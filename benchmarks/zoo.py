@@ -9,6 +9,7 @@ torch-pruning must be installed for its columns (`pip install torch-pruning==1.6
 
 import argparse
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -291,37 +292,48 @@ def page(rows: dict[str, dict]) -> str:
     lines = [
         "# The zoo",
         "",
-        "Networks of timm with random weights, half of the channels of every group cut (`make zoo`; list: `tests/zoo.txt`).",
-        "*Error*: largest difference of the outputs of the cut and of the masked network, float64, relative to the",
-        "largest output. *Norms*: a norm (or a standardised weight) takes its statistics over a cut axis; the masked",
-        "network then takes them over the kept channels too. *Seconds*: processor time of one",
-        "thread for trace, self-test, plan and cut. *failed*: raised an exception, or was stopped at the limit on processor",
-        "time; `docs/results/zoo.json` says which.",
+        "Networks of timm with random weights, cut to half of the channels of every group. `make zoo` repeats this for the",
+        "list in `tests/zoo.txt`.",
         "",
-        summary("hf_camphive", here),
+        *totals({"hf_camphive": here} | ({"torch-pruning 1.6.1": there} if there else {})),
         "",
-        *([summary("torch-pruning 1.6.1", there), ""] if there else []),
+        "Columns of the table below:",
+        "",
+        "- *error*: largest difference between the outputs of the cut and of the masked network, in float64, relative to the",
+        "  largest output.",
+        "- *norms*: 'kept only' where a norm (or a standardised weight) takes its statistics over an axis that is cut. The",
+        "  masked network then takes them over the kept channels too.",
+        "- *s*: processor time of one thread for trace, self-test, plan and cut.",
+        "- *failed*: raised an exception, or was stopped at the limit on processor time. `docs/results/zoo.json` says which.",
+        "",
         "| network | input | groups | MACs cut | error | norms | trains | reloads | s | torch-pruning: MACs cut | error | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [table_row(name, here[name], there.get(name)) for name in here]
     notes = [(name, note) for name, row in here.items() if (note := remark(row))]
-    lines += ["", "What could not be cut, and why:", ""] if notes else []
-    lines += [f"- {name}: {note}" for name, note in notes]
+    lines += ["", "## What could not be cut, and why", ""] if notes else []
+    lines += [f"- **{name}**: {note}" for name, note in notes]
     return "\n".join(lines) + "\n"
 
 
-def summary(tool: str, rows: dict[str, dict]) -> str:
-    """What became of all networks, in one sentence."""
-    done = [row for row in rows.values() if not row.get("error")]
-    right = [row for row in done if proved(row)]
-    half = [row for row in right if passed(row)]
-    took = median(row["seconds"] for row in done) if done else float("nan")
-    return (
-        f"**{tool}**: of {len(rows)} networks {len(done)} end without an exception, {len(right)} compute the masked "
-        f"function and train, {len(half)} of these lose at least half of their MACs"
-        f"{' and reload bit-equal' if any('reloads' in row for row in done) else ''}; median {took:.1f} s."
+def totals(tools: dict[str, dict[str, dict]]) -> list[str]:
+    """What became of all networks, as a table with one column for each tool."""
+    columns = []
+    for rows in tools.values():
+        done = [row for row in rows.values() if not row.get("error")]
+        right = [row for row in done if proved(row)]
+        half = [row for row in right if passed(row)]
+        took = f"{median(row['seconds'] for row in done):.1f} s" if done else ""
+        columns.append([str(len(rows)), str(len(done)), str(len(right)), str(len(half)), took])
+    names = (
+        "networks",
+        "cut without an exception",
+        "of these, compute the masked network's function, and train",
+        "of these, lose at least half of their MACs (hf_camphive: and read back bit for bit)",
+        "median time",
     )
+    lines = [["", *tools], ["---"] * (len(tools) + 1), *([name, *cells] for name, *cells in zip(names, *columns))]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def table_row(name: str, here: dict, there: dict | None) -> str:
@@ -349,12 +361,13 @@ def remark(row: dict) -> str:
     """Why a network is not cut as the others are."""
     if row.get("error"):
         return row["error"]
-    reasons: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for group, reason in row["frozen"].items():
-        reasons.setdefault(reason, []).append(group)
+        kind = re.sub(r" in \S+", "", reason.partition(" does not run with these widths")[0])
+        groups.setdefault(kind, []).append(group)
     return "; ".join(
-        f"{groups[0]}{f' and {len(groups) - 1} more' if groups[1:] else ''}: {reason}"
-        for reason, groups in reasons.items()
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {row['frozen'][names[0]]}"
+        for names in groups.values()
     )
 
 
