@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 DATA ?= ../shared/data
 
-.PHONY: help demo test lint format test-slow test-realdata benchmark benchmark-curvature zoo clean
+.PHONY: help demo test lint format types docs test-slow test-realdata benchmark benchmark-curvature zoo clean
 
 help:
 	@echo "make demo           make the bundled network more than twice as fast on handwritten digits (under 3 minutes after install)"
 	@echo "make test           run the test suite (offline, about 10 minutes on 2 cores)"
 	@echo "make lint           check style"
-	@echo "make format         mend style"
+	@echo "make format         correct style"
+	@echo "make types          check types (mypy)"
+	@echo "make docs           build the documentation strictly, into site/"
 	@echo "make test-slow      tests that take minutes"
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
 	@echo "make zoo            cut every network of tests/zoo.txt, here and with torch-pruning; resumable, hours"
@@ -25,6 +27,14 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,quality]"
+	touch $@
+
+$(VENV)/.types: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[types]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/.base
@@ -41,6 +51,12 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+types: $(VENV)/.types
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -62,4 +78,4 @@ benchmark-curvature: $(VENV)/.base
 	$(BIN)/python benchmarks/curvature.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
