@@ -56,7 +56,7 @@ types: $(VENV)/.types
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

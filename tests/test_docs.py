@@ -240,6 +240,25 @@ def test_the_site_needs_no_network():
     assert not [value for key in ("extra_css", "extra_javascript") for value in MKDOCS.get(key, ()) if "//" in value]
 
 
+# What runs where
+
+
+def test_the_workflow_tests_the_oldest_python_and_the_lowest_versions():
+    import tomllib
+
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["tests"]["strategy"]["matrix"]["python"][0] == oldest
+    lowest = [step.get("run", "") for step in jobs["lowest-versions"]["steps"]]
+    assert f"uv venv --python {oldest}" in lowest and any("--resolution lowest-direct" in run for run in lowest)
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split())
+    assert set(re.findall(r'echo "make ([a-z-]+) ', makefile)) == targets - {"help", "clean"}
+
+
 # Figures
 
 
