@@ -15,6 +15,7 @@ from hf_camphive.curvature.cotangents import label_cotangent
 from hf_camphive.curvature.eigensolvers import Eigenpairs, eigenpairs_of
 from hf_camphive.curvature.estimators import Estimate, Traces
 from hf_camphive.curvature.gates import lift
+from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import weight_space as second_order
@@ -29,7 +30,7 @@ def exact_diagonal(product, size: int, *_, **settings) -> Traces:
     return Traces(Estimate(diagonal, torch.zeros(size)), None, None, size)
 
 
-def exact_eigenpairs(product, size: int, k: int, **settings) -> Eigenpairs:
+def exact_eigenpairs(product, size: int, k: int, *_, **settings) -> Eigenpairs:
     return eigenpairs_of(product(torch.eye(size, dtype=torch.float64)), k)
 
 
@@ -68,8 +69,9 @@ def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
 @pytest.mark.parametrize("name", SCORERS)
 def test_rows_tell_what_a_criterion_reads(name):
     subject = subject_for(name)
-    labels = replace(subject, labels=tuple((y + 1) % 3 for y in subject.labels))
-    images = replace(subject, images=tuple(x.flip(-1) + 0.5 for x in subject.images))
+    given = subject.calibration
+    labels = replace(subject, calibration=replace(given, labels=tuple((y + 1) % 3 for y in given.labels)))
+    images = replace(subject, calibration=replace(given, images=tuple(x.flip(-1) + 0.5 for x in given.images)))
 
     def reads(other, **settings):
         settings = {"hutchinson_probes": 4, "num_eigenpairs": 2, **settings}
@@ -208,7 +210,8 @@ def by_hand(count: int = 2, **config) -> ScoringContext:
     state = {name: tensor.detach() for name, tensor in named_tensors(net).items()}
     x, labels = torch.ones(count, 1, 1, 1, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
     config = CampHiVeConfig(**{"curvature_images": count, "num_eigenpairs": 1} | config)
-    return ScoringContext(trace_network(net, (1, 1, 1)), state, (x,), (labels,), (torch.arange(count),), count, config)
+    analysis = NetworkAnalysis(trace_network(net, (1, 1, 1)), state, frozenset())
+    return ScoringContext(analysis, Calibration((x,), (labels,), (torch.arange(count),), count), config)
 
 
 # |v| is |j| / ||j|| with j the gradient of the gap: gamma delta at the filters (2, -2, 1, 0), gamma a at the readers of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.no_float64 import DEVICE, imitated, there
 from support.plans import plan_with
+from support.polishing import calibration, held_out
 from support.scoring import context, with_state
 from support.toys import ToyResNet, images, randomise
-from test_polish import calibration, held_out
 
 from hf_camphive.core import runtime as launch
 from hf_camphive.core.config import CampHiVeConfig

@@ -22,7 +22,7 @@ from hf_camphive.network.graph.blocks import droppable_branches
 from hf_camphive.network.graph.tracing import Trace, trace_network
 from hf_camphive.network.modeling.modeling_camphive import Shortcut
 from hf_camphive.network.surgery.cutting import apply_plan
-from hf_camphive.network.surgery.folding import Floor, fold, fold_batchnorm
+from hf_camphive.network.surgery.folding import ChannelwiseMaximum, fold, fold_batchnorm
 from hf_camphive.pruning.planning.latency import timing
 from hf_camphive.pruning.planning.latency.operations import network_operations
 from hf_camphive.pruning.planning.latency.prediction import Axis, Grid, LatencyRequest, fit, latency_terms
@@ -403,7 +403,7 @@ def test_dropped_blocks_fold_into_what_comes_before(modules, maxima):
     net = dropped(randomise(ThreeBlocks()), modules)
     folded = fold(net, (3, 8, 8))
     kinds = [type(module) for module in folded.modules()]
-    assert (kinds.count(Floor), kinds.count(Shortcut)) == (maxima, 0)
+    assert (kinds.count(ChannelwiseMaximum), kinds.count(Shortcut)) == (maxima, 0)
     assert relative_error(folded(images(4)), net(images(4))) < 1e-12
     before = [type(module) for module in net.modules()]
     assert before.count(Shortcut) == len(modules)  # the network itself is as it was
@@ -413,7 +413,7 @@ def test_constants_that_are_not_positive_leave_the_relu():
     net = dropped(randomise(ThreeBlocks()), ("blocks.1",))
     net.get_submodule("blocks.1").constant.data.clamp_(max=0)
     folded = fold(net, (3, 8, 8))
-    assert not any(isinstance(module, (Floor, Shortcut)) for module in folded.modules())
+    assert not any(isinstance(module, (ChannelwiseMaximum, Shortcut)) for module in folded.modules())
     assert relative_error(folded(images(4)), net(images(4))) < 1e-12
 
 
@@ -439,7 +439,7 @@ def test_a_linear_stream_takes_constants_into_its_bias():
     small = apply_plan(net, plan, trace)
     small.get_submodule(branch.module).constant.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     folded = fold(small, (3, 32, 32))
-    assert not any(isinstance(module, (Floor, Shortcut)) for module in folded.modules())
+    assert not any(isinstance(module, (ChannelwiseMaximum, Shortcut)) for module in folded.modules())
     assert relative_error(folded(images(2, 32)), small.eval()(images(2, 32))) < 1e-12
 
 

@@ -59,7 +59,7 @@ def test_each_tensor_loses_its_least_curved_weights():
     found, v = zero_weights(subject), dominant_eigenvector(subject)
     assert found.keys() == {"stem.weight", "block1.conv1.weight", "block1.conv2.weight", "head.weight"}
     for name, weight in found.items():
-        expected = reference(subject.state[name].numpy(), v[name].abs().numpy(), 0.3, 0.5)
+        expected = reference(subject.analysis.state[name].numpy(), v[name].abs().numpy(), 0.3, 0.5)
         np.testing.assert_allclose(weight, expected, rtol=1e-12)
         assert int((weight == 0).sum()) == int(0.3 * weight.numel())
 

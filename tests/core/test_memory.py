@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_camphive.core import allocator
+from hf_camphive.core import runtime
 
 FAULTS = """
 import resource, torch
@@ -35,5 +35,5 @@ def test_a_block_that_was_used_before_costs_no_page_faults():
 
 
 def test_elsewhere_it_says_so(monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    assert not runtime.keep_freed_memory()
