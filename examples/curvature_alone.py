@@ -10,8 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from hf_camphive.curvature.eigensolvers import lanczos
-from hf_camphive.curvature.estimators import hutchinson
+from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos
+from hf_camphive.curvature.estimators import SamplingOptions, hutchinson
 from hf_camphive.curvature.operators import network_curvature
 
 digits = load_digits()
@@ -36,9 +36,9 @@ print(
 )
 
 generator = torch.Generator().manual_seed(0)
-top = lanczos(hessian, hessian.size, 3, steps=30, tolerance=1e-3, generator=generator)
+top = lanczos(hessian, hessian.size, 3, SolverOptions(steps=30, tolerance=1e-3, generator=generator))
 print("Top eigenvalues:", [round(value, 4) for value in top.values.tolist()])
 print(top.verdict)
 
-trace = hutchinson(hessian, hessian.size, 32, generator=generator).trace
+trace = hutchinson(hessian, hessian.size, 32, SamplingOptions(generator)).trace
 print(f"Trace: {trace.value:.3f}, standard error {trace.error:.3f}")

@@ -21,7 +21,7 @@ def filter_norm(context):
         norms = torch.zeros(group.size, dtype=torch.float64)
         for slot in group.slots:
             if slot.role == "producer":
-                filters = context.state[slot.tensor].detach().cpu().double().abs().flatten(1).sum(1)
+                filters = context.weight(slot.tensor).abs().flatten(1).sum(1)
                 norms += filters[list(slot.index)].view(group.size, -1).sum(1)
         scores[group.name] = norms / norms.mean()
     return scores

@@ -19,7 +19,7 @@ plan = free.plan(calibration)
 print(plan.summary())
 
 # The first stage stays as it is, no layer loses more than three quarters of its channels, widths are multiples of four.
-limits = replace(config, keep="layer1.*", max_ratio=0.75, round_to=4)
+limits = replace(config, keep=("layer1.*",), max_ratio=0.75, round_to=4)
 limited = CampHiVePruner(base, limits).plan(calibration)
 print(f"\nWith limits:\n{limited.summary()}")
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForImageClassification
 
 from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import PLAN_FILE, plans_to_json
-from hf_camphive.hub import saving as hub
+from hf_camphive.hub import loading
 from hf_camphive.hub.loading import load_base
 from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
 
 READERS = {
-    "hf_camphive": hub.from_pretrained,
+    "hf_camphive": loading.from_pretrained,
     "transformers": AutoModelForImageClassification.from_pretrained,
     "timm": lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True),
     "a base to prune": lambda folder: load_base(str(folder)),
@@ -148,8 +148,8 @@ def test_plain_arguments_are_read_by_all(tmp_path):
 
 
 def test_weights_are_read_from_safetensors_only(folder):
-    state = hub.from_pretrained(folder).timm_model.state_dict()
+    state = loading.from_pretrained(folder).timm_model.state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"model\.safetensors"):
-        hub.from_pretrained(folder)
+        loading.from_pretrained(folder)

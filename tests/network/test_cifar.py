@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from timm.models import load_pretrained
 from torch import Tensor
 
+import hf_camphive
 from hf_camphive.network.modeling import cifar
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"
@@ -141,7 +142,7 @@ def test_names_are_those_of_timm_and_the_shortcut_is_an_ordinary_convolution():
 
 @pytest.mark.parametrize(("name", "most"), [("digits_resnet", 2e6), ("digits_wide_resnet", 4e6)])
 def test_small_enough_to_be_bundled(name, most):
-    folder = Path(cifar.__file__).parent / "assets" / name
+    folder = Path(hf_camphive.__file__).parent / "assets" / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < most
 
 

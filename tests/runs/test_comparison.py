@@ -7,6 +7,7 @@ from itertools import pairwise
 import datasets
 import pytest
 import torch
+from support.plans import analysis_of
 from support.toys import ToyResNet, images, randomise
 
 from hf_camphive.core.config import CampHiVeConfig
@@ -15,7 +16,6 @@ from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.hub.loading import load_base
 from hf_camphive.network.footprint import count_macs
-from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring.criteria import SCORERS, ScoringContext
 from hf_camphive.runs import comparison
@@ -23,6 +23,7 @@ from hf_camphive.runs.comparison import Comparison, grid
 from hf_camphive.runs.cycle import PruningCycle
 from hf_camphive.runs.pruner import CampHiVePruner
 from hf_camphive.runs.results import Cell, Results, Row
+from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.data.loaders import DataOptions, load_loaders
 from hf_camphive.training.evaluation import evaluate_accuracy
 
@@ -117,12 +118,12 @@ def test_scores_do_not_depend_on_what_is_done_with_them(criterion):
     net = randomise(ToyResNet())
     config = replace(CONFIG, criterion=criterion, calibration_size=16, power_tolerance=0.0)
     other = replace(config, merge="none", target_macs=0.3, cycles=3)
-    data = (images(16),), (torch.arange(16) % 3,), (torch.arange(16),), 16
-    trace = trace_network(net, (3, 8, 8))
+    calibration = Calibration((images(16),), (torch.arange(16) % 3,), (torch.arange(16),), 16)
+    analysis = analysis_of(net, trace_network(net, (3, 8, 8)))
 
     def scores(config):
         with torch.no_grad():
-            return SCORERS[criterion](ScoringContext(trace, named_tensors(net), *data, config))
+            return SCORERS[criterion](ScoringContext(analysis, calibration, config))
 
     expected, found = scores(config), scores(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected) and config.merge != other.merge
@@ -327,7 +328,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path):
     for name, message in (
         ("mine", "holds results.csv but no results.json"),
         ("file", "is a file"),
-        ("damaged", "is not a comparison's results, or is damaged"),
+        ("damaged", "damaged.*results.json has schema None, not 1"),
     ):
         with pytest.raises(OutputError, match=message):
             opened(tmp_path / name)

@@ -25,6 +25,7 @@ from hf_camphive.runs import pruner
 from hf_camphive.runs.pruner import CampHiVePruner
 
 CONFIG = CampHiVeConfig(target_macs=0.5)
+IDENTITY = {"weights": "0123"}
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -87,6 +88,7 @@ def resuming(accelerator: Accelerator, work: Path) -> None:
     job = CampHiVePruner(load_base("digits_resnet"), CONFIG, accelerator)
     hub.check_output_folder = recorded(work, accelerator)
     loaders = SimpleNamespace(info=SimpleNamespace(dataset_id="not given", label_names=job.base.label_names))
+    job._identity = IDENTITY
     job._restore(work, loaders)
     assert job.log.seconds == {"prune": 1.5}
 
@@ -95,10 +97,10 @@ def resuming(accelerator: Accelerator, work: Path) -> None:
 def test_only_the_main_process_puts_back_what_a_killed_run_left_aside(accelerator, tmp_path):
     job = CampHiVePruner(load_base("digits_resnet"), CONFIG, accelerator)
     report = replace(job._report(None, "", latency=False), seconds={"prune": 1.5})
-    resume.save_progress(tmp_path, resume.Progress(job.net, None, (), report), job.base, CONFIG, {})
+    resume.save_progress(tmp_path, resume.Progress(job.net, None, (), report), job.base, CONFIG, IDENTITY)
     (tmp_path / "network").rename(tmp_path / ".network.old-0123abcd")
     in_two_processes(resuming, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"network", "checked by 0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"network", "run.json", "checked by 0"}
 
 
 def test_the_command_line_checks_the_output_folder_on_the_main_process_only(monkeypatch, tmp_path):

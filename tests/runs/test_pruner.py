@@ -28,6 +28,7 @@ from hf_camphive.core.errors import ConfigError, DataError, ModelError, OutputEr
 from hf_camphive.core.measures import Latency
 from hf_camphive.core.methods import MERGE_RULES
 from hf_camphive.core.plan import PLAN_FILE, ChannelCut, plans_from_json
+from hf_camphive.core.runtime import Workers
 from hf_camphive.hub import saving
 from hf_camphive.hub.loading import load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
@@ -144,8 +145,8 @@ def test_polishing_is_a_stage_of_its_own(tmp_path, monkeypatch):
 def test_polishing_in_bf16_is_reported(monkeypatch):
     asked = []
 
-    def remember(*arguments, precision, **options):
-        asked.append(precision)
+    def remember(net, dense, fitted, held_out, options, **others):
+        asked.append(options.precision)
         return Polished(weights=0.5)
 
     monkeypatch.setattr(cycle, "polish", remember)
@@ -620,7 +621,7 @@ def test_only_the_main_process_measures_latency(monkeypatch):
     monkeypatch.setattr(launch, "broadcast_object_list", lambda objects: [measured], raising=False)
     monkeypatch.setattr(pruner, "measure_latency", lambda *a: pytest.fail("measured beside the main process"))
     monkeypatch.setattr(pruner, "fold", lambda *a: pytest.fail("folded what it does not measure"))
-    job.accelerator = SecondOfTwo(job.accelerator)
+    job.cycle.workers = Workers(SecondOfTwo(job.accelerator))
     report = job._report(None, "", latency=True)
     for stage in report.stages:
         assert stage.footprint.latency_ms == stage.footprint.folded_ms == {1: Latency(2.0, 1.0, 3.0, 9)}
