@@ -1,5 +1,5 @@
-"""Curvature of the loss by products with vectors; usable alone.
+"""Curvature of the loss, computed from matrix-vector products; usable without the other rooms.
 
-Hessian and Gauss-Newton matrices over weights or channel gates, eigenpairs and traces. May import `core` and `network`.
-Start with `operators.py`.
+Provides Hessian and Gauss-Newton matrices over weights or channel gates, their eigenpairs and traces. May import `core`
+and `network`. Start with `operators.py`.
 """

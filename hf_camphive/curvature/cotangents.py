@@ -1,4 +1,4 @@
-"""Cotangents: vectors in logit space whose products with Jacobians give gradients and curvature of the cross-entropy."""
+"""Vectors in logit space (cotangents) whose products with Jacobians give gradients and curvature of the cross-entropy."""
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,16 @@ from hf_camphive.core.runtime import to_float64
 
 
 def softmax_factors(logits: Tensor, signs: Tensor, count: int) -> Tensor:
-    """Vectors z [min(count, K - 1), N, K] with E[sum z z^T] = diag(p) - p p^T, for the softmax p of logits [N, K].
+    """Return vectors z [min(count, K - 1), N, K] with E[sum z z^T] = diag(p) - p p^T, p the softmax of logits [N, K].
 
-    They are the columns of its Cholesky factor with the likeliest class first: what tells class c from those after it. With
-    s_c the probability of class c and all after it, and j any of these,
+    They are the columns of the Cholesky factor of diag(p) - p p^T, classes sorted by falling probability. Let s_c be the
+    summed probability of class c and all classes after it. Column c has, for each class j > c,
 
         z_c = sqrt(p_c s_(c+1) / s_c),   z_j = -p_j sqrt(p_c / (s_c s_(c+1)))
 
-    Where there are more columns than `count`, the last vector stands for all of them that are left: `curvature_cotangent`
-    among their classes, times the root of the probability of these.
+    If there are more columns than `count`, one random vector replaces the columns from `count` on: `curvature_cotangent`
+    restricted to their classes, times the square root of the summed probability of these classes. Only this vector uses
+    the random signs `signs` [N, K].
     """
     p, classes = to_float64(logits).softmax(1).sort(dim=1, descending=True, stable=True)
     columns = count - 1 if count < p.shape[1] - 1 else p.shape[1] - 1
@@ -34,20 +35,23 @@ def softmax_factors(logits: Tensor, signs: Tensor, count: int) -> Tensor:
 
 
 def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each image's cross-entropy in its logits: p - onehot(label), [N, K]."""
+    """Return the gradient of each image's cross-entropy with respect to its logits: p - onehot(label), [N, K]."""
     return logits.softmax(1) - F.one_hot(labels, logits.shape[1])
 
 
 def curvature_cotangent(logits: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
-    """z = (diag(sqrt p) - p sqrt(p)^T) s for random signs s [N, K]: E[z z^T] = diag(p) - p p^T, the curvature R.
+    """Return random vectors z [N, K] with E[z z^T] = R = diag(p) - p p^T, the Hessian of the cross-entropy in the logits.
 
-    Like drawing a label from the model (z = p - onehot(y), Martens 2020, section 5) it gives R in expectation; but where
-    the model is sure, a drawn label is nearly always the same one and says nothing. p = softmax(logits / temperature).
+    z = (diag(sqrt p) - p sqrt(p)^T) s for random signs s [N, K] and p = softmax(logits / temperature).
+
+    Deviation: Martens (2020, section 5) draws a label y from the model and takes z = p - onehot(y). Its expectation is R
+    too, but where p is nearly one-hot, almost every drawn label is the same and gives z close to 0.
     """
     p = (to_float64(logits) / temperature).softmax(1)
     return _signed(p, signs.to(p.device))
 
 
 def _signed(p: Tensor, signs: Tensor) -> Tensor:
+    """Return (diag(sqrt p) - p sqrt(p)^T) s for each row of p and s, both [N, K]."""
     s = p.sqrt() * signs
     return s - p * s.sum(1, keepdim=True)

@@ -1,9 +1,9 @@
-"""Top eigenpairs of a symmetric matrix A [n, n] that is known only by its products with blocks of vectors.
+"""Compute top eigenpairs of a symmetric matrix A [n, n] that is given only by its products with blocks of vectors.
 
-Pure linear algebra: a `product` maps V [n, k] to A V [n, k], so that `lambda V: A @ V` is one. `power_iteration` is
-CAMP-HiVe's way, `lanczos` needs far fewer products, `dense_matrix` takes one for each row. What is drawn at random comes
-in float64 from a CPU generator and only then goes to `dtype` and `device`, so that every process and device sees the same
-vectors; small projected matrices are solved in float64 on the CPU.
+A `product` maps V [n, k] to A V [n, k]; for a matrix in memory it is `lambda V: A @ V`. `power_iteration` is the method
+of CAMP-HiVe (arXiv:2511.06265), `lanczos` needs far fewer products, and `dense_matrix` needs one product for each row.
+Random vectors are drawn in float64 from a CPU generator and then moved to `dtype` and `device`, so that every process
+and device uses the same vectors. Small projected matrices are solved in float64 on the CPU.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from hf_camphive.core.errors import CurvatureError
 from hf_camphive.core.runtime import ALONE, Workers
 
 Product = Callable[[Tensor], Tensor]
-SolverState = dict[str, Tensor]  # where an iteration stands, as tensors that safetensors can hold
-LARGEST_DENSE = 8192  # rows: 0.5 GiB in float64, and minutes for its eigenvalues
-_ASYMMETRY = 0.1  # far above the rounding of half precision, far below what dropout does
+SolverState = dict[str, Tensor]  # what an iteration needs to be resumed, as tensors that safetensors can store
+LARGEST_DENSE = 8192  # rows: the matrix takes 0.5 GiB in float64, and its eigenvalues take minutes
+_ASYMMETRY = 0.1  # relative; far above the rounding of half precision, far below the effect of dropout
 
 
 class SolverCheckpoint(Protocol):
-    """Where the state of an iteration is kept, so that an interrupted one can go on."""
+    """Storage for the state of an iteration, so that an interrupted iteration can be resumed."""
 
     def load(self) -> SolverState | None: ...
 
@@ -34,11 +34,11 @@ class SolverCheckpoint(Protocol):
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How far an eigensolver iterates, and in which numbers.
+    """Stopping rule, number format and checkpoint of an eigensolver.
 
-    It stops after `steps` steps, or once every residual ||A v - lambda v|| / |lambda| is at most `tolerance`. Random
-    starts are drawn from `generator`; vectors are held in `dtype` on `device`. With a `checkpoint` the state is saved
-    after each step that another one follows, and the iteration starts from what the checkpoint holds.
+    An eigensolver stops after `steps` steps, or once every residual ||A v - lambda v|| / |lambda| is at most `tolerance`.
+    Random starts are drawn from `generator`; vectors are held in `dtype` on `device`. With a `checkpoint`, the state is
+    saved after every step but the last, and the iteration starts from the state that the checkpoint holds.
     """
 
     steps: int
@@ -59,11 +59,11 @@ class SolverOptions:
 
 
 class Outcome(Enum):
-    """How an iteration ended, with its remedy."""
+    """How an iteration ended; the value says what to do about it."""
 
     CONVERGED = "every residual is within the tolerance"
     STEPS = "allow more steps or a larger tolerance; Lanczos needs fewer products than power iteration"
-    ROUNDING = "what is left is rounding; allow a larger tolerance, or compute the products in float64"
+    ROUNDING = "the residual is at the level of rounding; allow a larger tolerance, or compute the products in float64"
     INCONSISTENT = (
         "the products are not those of one symmetric matrix, or too noisy for this tolerance; look for dropout, "
         "BatchNorm in training mode or images that change from product to product, or allow a larger tolerance"
@@ -72,10 +72,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Top eigenpairs, largest |value| first: values [k], orthonormal vectors [n, k].
+    """Top eigenpairs, largest |value| first: `values` [k], orthonormal `vectors` [n, k].
 
-    `residuals` [k] are ||A v - lambda v|| / |lambda|, measured; 0 for an eigenvalue that is zero to rounding.
-    `products` counts vectors multiplied.
+    `residuals` [k] are the measured ||A v - lambda v|| / |lambda|, or 0 for an eigenvalue that is zero to rounding.
+    `products` counts the vectors that were multiplied.
     """
 
     values: Tensor
@@ -93,7 +93,7 @@ class Eigenpairs:
 
     @property
     def verdict(self) -> str:
-        """What happened, and what to do about it."""
+        """One sentence: how the iteration ended, and what to do about it."""
         return (
             f"{self.method} stopped after {self.steps} steps and {self.products} products at residual "
             f"{self.residuals.max():.2g} (asked: {self.tolerance:.2g}): {self.outcome.value}"
@@ -109,20 +109,22 @@ def power_iteration(
     oversample: int = 0,
     workers: Workers = ALONE,
 ) -> Eigenpairs:
-    """Find the top k eigenpairs by block power iteration with Rayleigh-Ritz: V <- eigenvectors of A in span(A V).
+    """Find the top k eigenpairs by block power iteration with Rayleigh-Ritz: V <- Ritz vectors of A in span(A V).
 
-    CAMP-HiVe (arXiv:2511.06265) with k = 1. The iteration stops on the residual: the scores use the vectors, and an
-    eigenvalue settles long before its vector does. `oversample` further vectors make it converge at the rate
-    |lambda_(k + oversample + 1) / lambda_k|. An iteration resumed from its checkpoint ends as if it had never stopped.
+    With k = 1 this is the method of CAMP-HiVe (arXiv:2511.06265). The iteration stops on the residual, because the scores
+    use the vectors, and an eigenvalue converges long before its vector does. With `oversample` further vectors the rate
+    of convergence is |lambda_(k + oversample + 1) / lambda_k|. An iteration that is resumed from its checkpoint gives the
+    same result as one that was never interrupted.
 
     Raises:
-        CurvatureError: A product is not finite, has another shape, or is not that of a symmetric matrix.
+        CurvatureError: k or `size` is below 1, the checkpoint is that of another matrix, or a product is not finite, does
+            not have the shape of its argument, or is not that of a symmetric matrix.
     """
     steps, tolerance, dtype, device = options.steps, options.tolerance, options.dtype, options.device
     k = _at_most(k, size)
     width = min(k + oversample, size)
     if (start := options.resumed()) is not None:
-        done, basis = int(start["steps"]), _kept(start["block"], size, width).to(dtype).to(device)
+        done, basis = int(start["steps"]), _checked_block(start["block"], size, width).to(dtype).to(device)
     else:
         done, basis = 0, _orthonormal(random_block(size, width, options.generator, dtype, device))
     with workers.bar("Power iteration", "step", steps, done) as bar:
@@ -133,7 +135,7 @@ def power_iteration(
             mix = mix.to(basis)
             vectors, image = basis @ mix, image @ mix
             errors = (image - vectors * values.to(basis)).norm(dim=0).cpu().double()
-            residuals, outcome = _judge(errors[:k], values[:k], tolerance, _rounding(values, size, dtype))
+            residuals, outcome = _residuals(errors[:k], values[:k], tolerance, _rounding(values, size, dtype))
             bar.update()
             bar.set_postfix_str(f"residual {residuals.max():.1e}")
             if outcome is Outcome.CONVERGED or step >= steps:
@@ -153,33 +155,29 @@ def lanczos(
     block: int | None = None,
     workers: Workers = ALONE,
 ) -> Eigenpairs:
-    """Find the top k eigenpairs by block Lanczos with full reorthogonalisation, in blocks of k vectors or of `block`.
+    """Find the top k eigenpairs by block Lanczos with full reorthogonalisation, in blocks of `block` vectors (default k).
 
-    Q grows by A Q_last, orthogonalised twice against all of Q (Golub and Van Loan, Matrix Computations, section 10.3);
-    Ritz pairs are those of Q^T A Q. Each step bounds the residuals by the norm of what A Q_last adds beyond Q; at the end
-    they are measured by k further products. Where nothing is added (an invariant subspace), a fresh random direction is.
-    Eigenvalues of multiplicity up to `block` are found; smaller blocks need fewer products and miss copies beyond that.
+    Each step extends the orthonormal basis Q by A Q_last, orthogonalised twice against all of Q (Golub and Van Loan,
+    Matrix Computations, section 10.3); the Ritz pairs are those of Q^T A Q. During the iteration the residuals are bounded
+    by the norm of the part of A Q_last outside of span(Q); at the end they are measured with k further products. Where
+    that part vanishes (an invariant subspace), Q is extended by a random direction instead. Eigenvalues of multiplicity
+    up to `block` are found; a smaller block needs fewer products, and misses further copies of an eigenvalue.
 
-    Holds Q [n, steps * block], which the checkpoint's state includes.
+    Holds Q [n, steps * block], which the state in the checkpoint includes.
 
     Raises:
-        CurvatureError: The steps cannot give k eigenpairs, or a product is not finite, has another shape, or is not that
-            of a symmetric matrix.
+        CurvatureError: k or `size` is below 1, the steps cannot give k eigenpairs, the checkpoint is that of another
+            matrix, or a product is not finite, does not have the shape of its argument, or is not that of a symmetric
+            matrix.
     """
-    steps, tolerance, dtype, device = options.steps, options.tolerance, options.dtype, options.device
+    steps, tolerance = options.steps, options.tolerance
     k = _at_most(k, size)
     width = min(block or k, size)
     if steps * width < k:
         raise CurvatureError(
             f"{steps} Lanczos steps of {width} vectors cannot give {k} eigenpairs; allow {-(-k // width)} steps at least"
         )
-    if (start := options.resumed()) is not None:
-        done, projected = int(start["steps"]), start["projected"]
-        basis = _kept(start["basis"], size).to(dtype).to(device)
-        options.generator.set_state(start["generator"])
-    else:
-        done, projected = 0, torch.zeros(0, 0, dtype=torch.float64)
-        basis = _orthonormal(random_block(size, width, options.generator, dtype, device))
+    done, basis, projected = _lanczos_start(size, width, options)
     with workers.bar("Lanczos", "step", steps, done) as bar:
         for step in count(done + 1):
             newest = basis[:, len(projected) :]
@@ -188,8 +186,8 @@ def lanczos(
             projected = _bordered(projected, columns.cpu().double())
             values, mix = _top_eigenpairs(projected, k)
             errors = (rest @ mix[-newest.shape[1] :].to(rest)).norm(dim=0).cpu().double()
-            rounding = _rounding(values, size, dtype)
-            bounds, outcome = _judge(errors, values, 0.9 * tolerance, rounding)  # so that rounding does not decide
+            rounding = _rounding(values, size, options.dtype)
+            bounds, outcome = _residuals(errors, values, 0.9 * tolerance, rounding)  # leaves room for rounding
             bar.update()
             bar.set_postfix_str(f"residual {bounds.max():.1e}")
             enough = len(values) == k and outcome is Outcome.CONVERGED
@@ -200,11 +198,25 @@ def lanczos(
             options.keep(state | {"generator": options.generator.get_state()})
     vectors = basis @ mix.to(basis)
     errors = (checked(product, vectors, "Lanczos, residuals") - vectors * values.to(basis)).norm(dim=0).cpu().double()
-    residuals, measured = _judge(errors, values, tolerance, rounding)
+    residuals, measured = _residuals(errors, values, tolerance, rounding)
     if outcome is Outcome.CONVERGED and measured is Outcome.STEPS:
         measured = Outcome.INCONSISTENT
     products = len(projected) + k
     return Eigenpairs(values.to(basis), vectors, residuals.to(basis), "Lanczos", tolerance, step, products, measured)
+
+
+def _lanczos_start(size: int, width: int, options: SolverOptions) -> tuple[int, Tensor, Tensor]:
+    """Return the steps done, the basis Q [n, m] and Q^T A Q, from the checkpoint or for a new iteration.
+
+    Raises:
+        CurvatureError: The checkpoint is that of another matrix.
+    """
+    if (start := options.resumed()) is not None:
+        options.generator.set_state(start["generator"])
+        basis = _checked_block(start["basis"], size).to(options.dtype).to(options.device)
+        return int(start["steps"]), basis, start["projected"]
+    block = random_block(size, width, options.generator, options.dtype, options.device)
+    return 0, _orthonormal(block), torch.zeros(0, 0, dtype=torch.float64)
 
 
 def dense_matrix(
@@ -216,16 +228,16 @@ def dense_matrix(
     device: torch.device | str = "cpu",
     workers: Workers = ALONE,
 ) -> Tensor:
-    """Compute A itself [n, n] from `size` products in ceil(n / block) blocks, as (A + A^T) / 2.
+    """Compute the matrix A [n, n] from n = `size` products in ceil(n / block) blocks; return (A + A^T) / 2.
 
     Raises:
-        CurvatureError: There are more than `LARGEST_DENSE` rows, or a product is not finite, has another shape, or is not
-            that of a symmetric matrix.
+        CurvatureError: There are more than `LARGEST_DENSE` rows, or a product is not finite, does not have the shape of
+            its argument, or is not that of a symmetric matrix.
     """
     if size > LARGEST_DENSE:
         raise CurvatureError(
             f"a matrix of {size:,} rows takes {size:,} products and {size**2 * dtype.itemsize / 2**30:,.1f} GiB, and is "
-            f"worked out up to {LARGEST_DENSE:,} rows only; use lanczos or power_iteration for its top eigenpairs"
+            f"computed up to {LARGEST_DENSE:,} rows only; use lanczos or power_iteration for its top eigenpairs"
         )
     matrix = torch.empty(size, size, dtype=dtype, device=device)
     with workers.bar("Matrix", "product", size) as bar:
@@ -239,18 +251,26 @@ def dense_matrix(
 
 
 def eigenpairs_of(matrix: Tensor, k: int) -> Eigenpairs:
-    """Top k eigenpairs of a symmetric matrix [n, n] that is at hand, to rounding; costs no product."""
+    """Return the top k eigenpairs of a symmetric matrix [n, n] in memory, exact to rounding.
+
+    Raises:
+        CurvatureError: k is below 1, or the matrix has no rows.
+    """
     k = _at_most(k, len(matrix))
     values, vectors = _top_eigenpairs(matrix, k)
     errors = (matrix.cpu().double() @ vectors - vectors * values).norm(dim=0)
     tolerance = len(matrix) * torch.finfo(torch.float64).eps
-    residuals, _ = _judge(errors, values, tolerance, _rounding(values, len(matrix), torch.float64))
+    residuals, _ = _residuals(errors, values, tolerance, _rounding(values, len(matrix), torch.float64))
     found = (values.to(matrix), vectors.to(matrix), residuals.to(matrix))
     return Eigenpairs(*found, "dense solver", tolerance, 1, 0, Outcome.CONVERGED)
 
 
 def checked(product: Product, block: Tensor, where: str) -> Tensor:
-    """A V. Raises `CurvatureError` unless it has the shape of V and is all finite; `where` says which product it is."""
+    """Return A V for a block V [n, k]; `where` names the product in errors.
+
+    Raises:
+        CurvatureError: A V does not have the shape of V, or is not finite.
+    """
     image = product(block)
     if image.shape != block.shape:
         raise CurvatureError(
@@ -269,12 +289,15 @@ def checked(product: Product, block: Tensor, where: str) -> Tensor:
 def random_block(
     size: int, columns: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Standard normal numbers [size, columns], the same for every dtype and device."""
+    """Draw standard normal numbers [size, columns], the same for every dtype and device up to rounding."""
     return torch.randn(size, columns, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
 def remainder(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """(I - Q Q^T) V and Q^T V for an orthonormal basis Q; twice, since once leaves what rounding adds along Q."""
+    """Return (I - Q Q^T) V and Q^T V for V [n, k] and an orthonormal basis Q [n, m].
+
+    The projection is done twice, because rounding in the first pass leaves components along Q.
+    """
     within = basis.T @ block
     block = block - basis @ within
     again = basis.T @ block
@@ -282,29 +305,45 @@ def remainder(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at_most(k: int, size: int) -> int:
+    """Return min(k, size), the number of eigenpairs to find.
+
+    Raises:
+        CurvatureError: k or `size` is below 1.
+    """
     if k < 1 or size < 1:
         raise CurvatureError(f"cannot find {k} eigenpairs of a matrix with {size} rows; both must be at least 1")
     return min(k, size)
 
 
-def _kept(block: Tensor, size: int, width: int | None = None) -> Tensor:
-    """A block that an interrupted iteration left, where it fits this one."""
+def _checked_block(block: Tensor, size: int, width: int | None = None) -> Tensor:
+    """Return the block of vectors of a checkpoint, after checking that its shape is [size, width].
+
+    Raises:
+        CurvatureError: The block has another shape.
+    """
     width = width or block.shape[1]
     if block.shape != (size, width):
         raise CurvatureError(
-            f"the kept iteration has a block {list(block.shape)} where this one has {[size, width]}: it was that of "
-            "another matrix; start afresh without it"
+            f"the checkpoint holds a block {list(block.shape)} where this one has {[size, width]}: it was saved for "
+            "another matrix; delete it and start afresh"
         )
     return block
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    """An orthonormal basis of a block's span, laid out as it is read from a file: products round alike after a resumption."""
+    """Return an orthonormal basis of a block's span, contiguous.
+
+    The memory layout is that of a tensor read from a checkpoint, so that products round alike after a resumption.
+    """
     return torch.linalg.qr(block).Q.contiguous()
 
 
 def _symmetric(matrix: Tensor, scale: Tensor, where: str) -> Tensor:
-    """(M + M^T) / 2. Raises `CurvatureError` where M is not symmetric by far more than rounding of something of size `scale`."""
+    """Return (M + M^T) / 2; `where` names the matrix in errors.
+
+    Raises:
+        CurvatureError: ||M - M^T|| exceeds `_ASYMMETRY` * `scale`, far more than rounding explains.
+    """
     difference = (matrix - matrix.T).norm()
     if difference > _ASYMMETRY * scale:
         raise CurvatureError(
@@ -314,21 +353,22 @@ def _symmetric(matrix: Tensor, scale: Tensor, where: str) -> Tensor:
 
 
 def _top_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of a small symmetric matrix, largest |value| first, in float64 on the CPU."""
+    """Return the top k eigenpairs of a small symmetric matrix, largest |value| first, in float64 on the CPU."""
     values, vectors = torch.linalg.eigh(matrix.cpu().double())
     order = values.abs().argsort(descending=True, stable=True)[:k]
     return values[order], vectors[:, order]
 
 
 def _rounding(values: Tensor, size: int, dtype: torch.dtype) -> float:
-    """What rounding may leave of ||A v - lambda v||, by the largest |value|."""
+    """Return a bound on the rounding error in ||A v - lambda v||, from the largest |value|."""
     return float(4 * torch.finfo(dtype).eps * size**0.5 * values.abs().max())
 
 
-def _judge(errors: Tensor, values: Tensor, tolerance: float, rounding: float) -> tuple[Tensor, Outcome]:
-    """Residuals ||A v - lambda v|| / |lambda| from the numerators, and what they say.
+def _residuals(errors: Tensor, values: Tensor, tolerance: float, rounding: float) -> tuple[Tensor, Outcome]:
+    """Return the residuals ||A v - lambda v|| / |lambda| from `errors`, their numerators, and the outcome they imply.
 
-    An eigenvalue that is zero to rounding has no relative residual; where its numerator is rounding too, it is called 0.
+    An eigenvalue that is zero to rounding has no relative residual; its residual is set to 0 if its numerator is at most
+    `rounding` too.
     """
     zero = (values.abs() <= rounding) & (errors <= rounding)
     residuals = torch.where(zero, 0, errors / values.abs().clamp_min(torch.finfo(torch.float64).tiny))
@@ -339,7 +379,7 @@ def _judge(errors: Tensor, values: Tensor, tolerance: float, rounding: float) ->
 
 
 def _bordered(projected: Tensor, columns: Tensor) -> Tensor:
-    """Q^T A Q [m, m] from its leading block and its last columns [m, b]."""
+    """Return the symmetric matrix Q^T A Q [m, m] from its leading block [m - b, m - b] and its last columns [m, b]."""
     size, old = len(columns), len(projected)
     bordered = torch.zeros(size, size, dtype=projected.dtype)
     bordered[:old, :old] = projected
@@ -350,7 +390,10 @@ def _bordered(projected: Tensor, columns: Tensor) -> Tensor:
 
 
 def _next_block(rest: Tensor, basis: Tensor, rounding: float, generator: torch.Generator) -> Tensor:
-    """An orthonormal basis of what A Q_last adds to Q; a random direction takes the place of each that adds nothing."""
+    """Return an orthonormal basis of `rest`, the part of A Q_last outside of span(Q).
+
+    A column that is zero to rounding is replaced by a random direction.
+    """
     block = basis[:, :0]
     for column in rest.T[: basis.shape[0] - basis.shape[1]]:
         column = remainder(column[:, None], block)[0]

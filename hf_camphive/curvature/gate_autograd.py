@@ -1,10 +1,13 @@
-"""Autograd functions of channel gates and affine layers, cheaper to differentiate twice than what they replace."""
+"""Autograd functions for channel gates and affine layers that are cheaper to differentiate twice than torch's own."""
 
 import torch
 
 
-class _Affine(torch.autograd.Function):
-    """y = f(x), f affine, with its linear part and adjoint: a derivative of any order is one of these."""
+class Affine(torch.autograd.Function):
+    """Apply an affine function f(x) = linear(x) + constant, given its linear part and the adjoint of that part.
+
+    The backward pass applies `adjoint` as an `Affine` too, so derivatives of any order need these two functions only.
+    """
 
     generate_vmap_rule = True
 
@@ -18,11 +21,14 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, z):
-        return _Affine.apply(z, ctx.adjoint, ctx.adjoint, ctx.linear), None, None, None
+        return Affine.apply(z, ctx.adjoint, ctx.adjoint, ctx.linear), None, None, None
 
 
-class _Gate(torch.autograd.Function):
-    """y = m x at m = 1, where it is x: its derivatives need one pass over x where those of a product need two or three."""
+class Gate(torch.autograd.Function):
+    """Multiply x by gates m that are all 1: return x itself, with the derivatives of the product m x at m = 1.
+
+    The derivatives read x once, where those of an ordinary product read it two or three times.
+    """
 
     generate_vmap_rule = True
 
@@ -36,11 +42,11 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, z):
-        return _GateAdjoint.apply(z, *ctx.saved_tensors)
+        return GateAdjoint.apply(z, *ctx.saved_tensors)
 
 
-class _GateAdjoint(torch.autograd.Function):
-    """(m z, <z, x> for each gate) at m = 1: what `_Gate` sends back."""
+class GateAdjoint(torch.autograd.Function):
+    """Return the gradients of `Gate` for an upstream gradient z, at m = 1: m z = z for x, and <z, x> for each gate."""
 
     generate_vmap_rule = True
 

@@ -1,10 +1,11 @@
-"""Curvature of the loss, known by its products: Hessian and Gauss-Newton matrices over weights or over channel gates.
+"""Compute products with the curvature of the loss: Hessian or Gauss-Newton matrices over weights or over channel gates.
 
-A `Curvature` maps a block of vectors V [n, k] to A V, A the mean over calibration images, and so feeds every solver of
-`eigensolvers.py` and `estimators.py`. In gate space a product differentiates twice in reverse: convolutions are linear and their
-weights stay put, so a pass forward and one back serve all k vectors, and each vector needs one more of both. In weight
-space it is forward over reverse. J^T R J in gate space has a third way: the explicit factor of `GatedNetwork.factor`, of
-one backward pass or a few, after which products cost nothing.
+A `Curvature` maps a block of vectors V [n, k] to A V, where A is the mean over calibration images; all solvers in
+`eigensolvers.py` and `estimators.py` take it as their `product`. In gate space a product differentiates twice in reverse:
+convolutions are linear and their weights are constant, so one forward and one backward pass serve all k vectors, and each
+vector needs one more of both. In weight space it differentiates forward over reverse. J^T R J in gate space can also be
+had from the explicit factor of `GatedNetwork.factor`: it takes one backward pass or a few, and then products need no
+pass through the network.
 """
 
 import logging
@@ -25,23 +26,25 @@ from hf_camphive.curvature.gates import GatedNetwork, GatedRun
 logger = logging.getLogger(__name__)
 Matrix = Literal["hessian", "gauss-newton"]
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
-Point = tuple[Tensor, ...]  # where the loss is differentiated: all gates, or some weights
+Point = tuple[Tensor, ...]  # the tensors by which the loss is differentiated: all gates, or some weights
 BatchProduct = Callable[[Tensor], Tensor]  # V [n, k] -> A V [n, k], summed over a batch
 Logits = Callable[[Point, Tensor], Tensor]
-# Parts of a batch, so that a product holds no more than twice what a training step on the whole batch does.
+# Parts into which a batch is split, so that a product needs at most twice the memory of a training step on the batch.
 GATE_PARTS = {"hessian": 2, "gauss-newton": 1}
 WEIGHT_PARTS = {"hessian": 3, "gauss-newton": 2}
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """A V [n, k] (or A v [n]) for the mean curvature A over `total` images, of which this process holds `batches`.
+    """The product V -> A V [n, k] (or v -> A v [n]) with the mean curvature A over `total` images.
 
-    `at(images, labels)` is the product V -> A V summed over a batch. `workers` sum over processes, once per product;
-    all of them must ask for the same V. Sums are kept in float64, so that batches and processes may be split in any way;
-    each batch is multiplied in so many `parts`, which bounds memory: a product holds several times what a gradient does.
-    With `held` what products have in common (in gate space a pass forward and, for H, one back) is kept from one to the
-    next: two passes a product in place of four, or three, for the memory of all images at once.
+    `batches` are the images that this process holds, and `at(images, labels)` returns the product summed over one batch.
+    `workers` sum over processes, once for each product; all processes must multiply the same V. Sums are kept in float64,
+    so that the result does not depend on how images are split into batches and processes. Each batch is multiplied in
+    `parts` parts, because a product needs several times the memory of a gradient.
+
+    With `held`, the passes that all products share (in gate space one forward pass and, for H, one backward pass) are kept:
+    a product then takes two passes instead of four (H) or three (J^T R J), and the memory of all images at once.
     """
 
     size: int
@@ -73,7 +76,10 @@ class Curvature:
 def gate_curvature(
     network: GatedNetwork, batches: Sequence[Batch], matrix: Matrix = "hessian", **options: Any
 ) -> Curvature:
-    """Return lift^T H lift, or lift^T J^T R J lift, [S, S]; `options` are those of `Curvature`."""
+    """Return the curvature over channel gates, [S, S]: lift^T H lift, or lift^T J^T R J lift for "gauss-newton".
+
+    `options` are fields of `Curvature`.
+    """
 
     def at(images: Tensor, labels: Tensor) -> BatchProduct:
         run = network.run(images)
@@ -83,7 +89,10 @@ def gate_curvature(
 
 
 def _gate_hessian(run: GatedRun, labels: Tensor) -> BatchProduct:
-    """V -> A V [S, k], summed over a batch: the gradient of <dL/dm, v> for each column v, the first derivative shared."""
+    """Return the product V -> H V [S, k] summed over a batch.
+
+    H v is the gradient of <dL/dm, v>; dL/dm is computed once for all columns v.
+    """
     with torch.enable_grad():
         loss = F.cross_entropy(run.logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, run.m, create_graph=True)
@@ -95,14 +104,14 @@ def _gate_hessian(run: GatedRun, labels: Tensor) -> BatchProduct:
 
 
 def _gate_gauss_newton(run: GatedRun, block: Tensor) -> Tensor:
-    """J^T R J V [S, k], summed over a batch; labels play no part."""
+    """Return J^T R J V [S, k] summed over a batch; it does not depend on labels."""
     outputs = run.logits.detach()
     return torch.stack([run.transposed(_softmax_curvature(outputs, run.tangent(v))) for v in block.T], dim=1)
 
 
 @dataclass(frozen=True)
 class WeightSpace:
-    """Weights of a network as one vector: names and shapes, in the order in which they are laid end to end."""
+    """The layout of some weights of a network in one vector [P]: names and shapes, in order."""
 
     shapes: Mapping[str, torch.Size]
 
@@ -126,10 +135,11 @@ def weight_curvature(
     compiled: bool = False,
     **options: Any,
 ) -> tuple[Curvature, WeightSpace]:
-    """H or J^T R J [P, P] over the given weights, and how its vectors are laid out; `logits(weights, images)` is [N, K].
+    """Return the curvature H or J^T R J [P, P] over the given weights, and the layout of its vectors.
 
-    Forward over reverse; where an operation has no forward derivative, reverse over reverse, which costs more. `compiled`
-    sends the product through `torch.compile`. `options` are those of `Curvature`.
+    `logits(weights, images)` must return [N, K]. Products differentiate forward over reverse (Pearlmutter 1994), or reverse
+    over reverse, which costs more, once an operation turns out to have no forward derivative. `compiled` passes the
+    product through `torch.compile`. `options` are fields of `Curvature`.
     """
     space = WeightSpace({name: weight.shape for name, weight in weights.items()})
     point = tuple(weight.detach() for weight in weights.values())
@@ -165,9 +175,10 @@ def network_curvature(
     names: Iterable[str] | None = None,
     **options: Any,
 ) -> tuple[Curvature, WeightSpace]:
-    """`weight_curvature` of any network, over the weights `names` (all that are trained).
+    """Return `weight_curvature` of any network over the weights `names` (default: all that require gradients).
 
-    Raises `CurvatureError` where the loss is a moving target, see `check_deterministic`.
+    Raises:
+        CurvatureError: A name is unknown, or `check_deterministic` refuses the network or the batches.
     """
     batches = check_deterministic(net, batches)
     weights = dict(net.named_parameters())
@@ -184,7 +195,10 @@ def network_curvature(
 
 
 def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **options: Any) -> Curvature:
-    """Z^T Z / total [S, S] from the rows that `GatedNetwork.factor` gave for each batch."""
+    """Return the curvature Z^T Z / total [S, S], Z the rows that `GatedNetwork.factor` returned for all batches.
+
+    `factors` holds the rows [rows, S] of each batch, `total` is the number of images; `options` are fields of `Curvature`.
+    """
 
     def multiply(rows: Tensor, block: Tensor) -> Tensor:
         return rows.T @ (rows @ block)
@@ -195,10 +209,12 @@ def factored_curvature(factors: Sequence[Tensor], size: int, total: int, **optio
 
 
 def check_deterministic(net: nn.Module, batches: Iterable[Batch]) -> Sequence[Batch]:
-    """The batches as a list, once it is sure that every product will see the same network and the same images.
+    """Return the batches as a list, after checking that every product will use the same network and the same images.
 
-    Raises `CurvatureError` for dropout, stochastic depth and norms in training mode, wrappers that cannot be differentiated
-    twice (DistributedDataParallel, FSDP, DeepSpeed), loaders that shuffle, and weights in half precision.
+    Raises:
+        CurvatureError: Dropout, stochastic depth or a batch norm is in training mode, the network is wrapped in something
+            that cannot be differentiated twice (DistributedDataParallel, FSDP, DeepSpeed), its weights are in half
+            precision, the loader shuffles, or there are no batches.
     """
     kind = type(net).__name__
     if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
@@ -206,7 +222,7 @@ def check_deterministic(net: nn.Module, batches: Iterable[Batch]) -> Sequence[Ba
             f"the network is wrapped in {kind}, whose hooks do not survive a second derivative (and shards are not whole "
             "weights); pass accelerator.unwrap_model(net), and share the images between the processes instead"
         )
-    moving = [name or kind for name, module in net.named_modules() if module.training and _moves(module)]
+    moving = [name or kind for name, module in net.named_modules() if module.training and _is_random(module)]
     if moving:
         raise CurvatureError(
             f"{', '.join(map(repr, moving[:3]))}{' ...' if len(moving) > 3 else ''} in training mode would make each "
@@ -221,32 +237,33 @@ def check_deterministic(net: nn.Module, batches: Iterable[Batch]) -> Sequence[Ba
         raise CurvatureError(
             "the loader shuffles, so that each product would see other batches; pass shuffle=False, or a list of batches"
         )
-    batches = [tuple(batch.values())[:2] if isinstance(batch, Mapping) else tuple(batch) for batch in batches]
-    if not batches:
+    pairs = [tuple(batch.values())[:2] if isinstance(batch, Mapping) else tuple(batch) for batch in batches]
+    if not pairs:
         raise CurvatureError("there are no images to take the curvature at; give at least one batch")
-    return batches
+    return [(images, labels) for images, labels in pairs]
 
 
-def _moves(module: nn.Module) -> bool:
-    """Whether a module in training mode draws at random, or looks at the whole batch."""
+def _is_random(module: nn.Module) -> bool:
+    """Return whether the result of a module in training mode depends on random numbers or on the rest of the batch."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return True
-    drawn = getattr(
-        module, "p", getattr(module, "drop_prob", None)
-    )  # nn.Dropout and its kin; timm's and torchvision's
-    return isinstance(drawn, float) and drawn > 0
+    # `p` is the attribute of torch's dropout layers, `drop_prob` that of timm's DropPath.
+    probability = getattr(module, "p", getattr(module, "drop_prob", None))
+    return isinstance(probability, float) and probability > 0
 
 
 def _counted(batches: Sequence[Batch], options: dict) -> dict:
+    """Return the options of `Curvature` with `total`, the number of images, set from the batches unless it is given."""
     return {"total": sum(len(images) for images, _ in batches), **options}
 
 
 def _loss(logits: Logits, point: Point, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy summed over a batch, as a function of the point."""
     return F.cross_entropy(logits(point, images), labels, reduction="sum")
 
 
 def _softmax_curvature(outputs: Tensor, tangent: Tensor) -> Tensor:
-    """R t = p * (t - <p, t>) for each row: the Hessian of the cross-entropy in the logits, times a tangent [N, K]."""
+    """Return R t = p * (t - <p, t>) for each row of t [N, K], R the Hessian of the cross-entropy in the logits."""
     p = outputs.softmax(dim=1)
     return p * (tangent - (p * tangent).sum(dim=1, keepdim=True))
 
@@ -254,7 +271,7 @@ def _softmax_curvature(outputs: Tensor, tangent: Tensor) -> Tensor:
 def _forward_hessian(
     logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
 ) -> list[Point]:
-    """H v summed over a batch for each direction: the derivative of the gradient along v (Pearlmutter 1994)."""
+    """Return H v summed over a batch for each direction v: the derivative of the gradient along v (Pearlmutter 1994)."""
 
     def gradient(*point: Tensor) -> Point:
         return torch.func.grad(lambda point: _loss(logits, point, images, labels))(point)
@@ -265,11 +282,11 @@ def _forward_hessian(
 def _forward_gauss_newton(
     logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
 ) -> list[Point]:
-    """J^T R J v summed over a batch for each direction; labels play no part."""
-    outputs, transposed = torch.func.vjp(lambda *point: logits(point, images), *point)
+    """Return J^T R J v summed over a batch for each direction v; it does not depend on labels."""
+    outputs, transposed = torch.func.vjp(lambda *point: logits(point, images), *point)[:2]
     products = []
     for direction in directions:
-        _, tangent = torch.func.jvp(lambda *point: logits(point, images), point, direction)
+        tangent = torch.func.jvp(lambda *point: logits(point, images), point, direction)[1]
         products.append(transposed(_softmax_curvature(outputs, tangent)))
     return products
 
@@ -277,7 +294,7 @@ def _forward_gauss_newton(
 def _reverse_hessian(
     logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
 ) -> list[Point]:
-    """H v summed over a batch: the gradient of <dL/dm, v> for each direction, the first derivative shared."""
+    """Return H v summed over a batch for each direction v: the gradient of <dL/dw, v>, with dL/dw computed once."""
     with torch.enable_grad():
         point = tuple(tensor.detach().requires_grad_() for tensor in point)
         gradient = torch.autograd.grad(_loss(logits, point, images, labels), point, create_graph=True)
@@ -290,7 +307,10 @@ def _reverse_hessian(
 def _reverse_gauss_newton(
     logits: Logits, point: Point, images: Tensor, labels: Tensor, directions: list[Point]
 ) -> list[Point]:
-    """J^T R J v summed over a batch for each direction: J v is the derivative of w -> J^T w, which is linear."""
+    """Return J^T R J v summed over a batch for each direction v, without forward derivatives.
+
+    J v is the gradient of <J^T w, v> with respect to w, because J^T w is linear in w.
+    """
     products = []
     with torch.enable_grad():
         point = tuple(tensor.detach().requires_grad_() for tensor in point)
