@@ -27,9 +27,11 @@ _ASYMMETRY = 0.1  # relative; far above the rounding of half precision, far belo
 class SolverCheckpoint(Protocol):
     """Storage for the state of an iteration, so that an interrupted iteration can be resumed."""
 
-    def load(self) -> SolverState | None: ...
+    def load(self) -> SolverState | None:
+        """Return the saved state, or None if there is none."""
 
-    def save(self, state: SolverState) -> None: ...
+    def save(self, state: SolverState) -> None:
+        """Save a state in place of the previous one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Eigenpairs:
 
     @property
     def converged(self) -> bool:
+        """Whether every residual is within the tolerance."""
         return self.outcome is Outcome.CONVERGED
 
     @property

@@ -96,7 +96,9 @@ def hutch_plus_plus(
             argument, or `segments` has another shape than [n] or a number below -1.
     """
     if products < 6:
-        raise CurvatureError(f"Hutch++ divides its products into three parts; {products} are too few, give it at least 6")
+        raise CurvatureError(
+            f"Hutch++ divides its products into three parts; {products} are too few, give it at least 6"
+        )
     summarise = _summary(size, segments)
     width = min(products // 3, size)
     sketch = random_block(size, width, options.generator, options.dtype, options.device)

@@ -213,6 +213,7 @@ class AffineMap:
     geometry: Mapping[str, object]
 
     def linear(self, x: Tensor) -> Tensor:
+        """Return f(x) without the bias."""
         return F.conv2d(x, self.weight, **self.geometry)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -220,6 +221,7 @@ class AffineMap:
         return Affine.apply(x, affine, self.linear, partial(self._adjoint, tuple(x.shape)))
 
     def _adjoint(self, shape: tuple[int, ...], z: Tensor) -> Tensor:
+        """Return the adjoint of `linear` applied to z, for an input of this shape."""
         return torch.nn.grad.conv2d_input(shape, self.weight, z, **self.geometry)
 
     def then(self, gain: Tensor, shift: Tensor) -> "AffineMap":
@@ -233,6 +235,7 @@ class _FoldedNorm:
 
     @staticmethod
     def linear(x: Tensor) -> Tensor:
+        """Return x, which the convolution before has normalised."""
         return x
 
     __call__ = staticmethod(linear)

@@ -67,6 +67,7 @@ class Curvature:
         return (self.workers.sum(total) / self.total).to(vectors).view_as(vectors)
 
     def _product(self, batch: int, part: int, images_and_labels: Batch) -> BatchProduct:
+        """Return the product for one part of a batch; with `held` it is made only once."""
         product = self._kept.get((batch, part)) or self.at(*images_and_labels)
         if self.held:
             self._kept[batch, part] = product
@@ -117,13 +118,16 @@ class WeightSpace:
 
     @property
     def size(self) -> int:
+        """The number P of weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     def split(self, vector: Tensor) -> Point:
+        """Return a vector [P] as one tensor for each weight, of its shape."""
         parts = vector.split([shape.numel() for shape in self.shapes.values()])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes.values()))
 
     def join(self, tensors: Point) -> Tensor:
+        """Return one tensor for each weight as a vector [P]."""
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
