@@ -1,5 +1,5 @@
-"""A network's structure, and how it is changed.
+"""Trace the structure of a network, and change it.
 
-Traces a network, finds which channels live or die together, cuts them out, and proves the result. May import `core`.
-Start with `graph/tracing.py` (channel groups) and `surgery/cutting.py` (the one place where a weight is sliced).
+Finds which channels must be removed together, removes them, and checks that the result computes the intended function. May
+import `core`. Start with `graph/tracing.py` (channel groups) and `surgery/cutting.py` (the only module that slices weights).
 """

@@ -1,4 +1,4 @@
-"""A network's structure, worked out once per network: operations, channel groups, residual branches, weights."""
+"""Collect the structure of a network, computed once: operations, channel groups, residual branches, weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from hf_camphive.network.surgery.verification import check_groups
 
 @dataclass(frozen=True, eq=False)
 class NetworkAnalysis:
-    """What scoring, planning and merging read of a network; what follows from the trace is computed on first use.
+    """The structure and weights of a network, as scoring, planning and merging read them.
 
-    `state` holds all parameters and buffers by name (`named_tensors`), `parameters` names those that count as parameters.
+    `state` holds all parameters and buffers by name (`named_tensors`); `parameters` are the names of the parameters among
+    them. Whatever follows from the trace is computed on first use.
     """
 
     trace: Trace
@@ -29,7 +30,8 @@ class NetworkAnalysis:
     def of(cls, net: nn.Module, input_size: tuple[int, int, int], seed: int = 0) -> "NetworkAnalysis":
         """Trace a network for images of `input_size` (C, H, W), and test its channel groups by experiment.
 
-        Groups that fail the experiment are frozen, with the reason. `seed` draws what the experiment needs.
+        Groups that fail the experiment are frozen, with the reason. `seed` seeds the random weights and images of the
+        experiment.
 
         Raises:
             ModelError: The network cannot be traced.
@@ -50,7 +52,7 @@ class NetworkAnalysis:
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
-        """Residual branches that can be dropped whole."""
+        """Residual branches that can be dropped as a whole."""
         return droppable_branches(self.trace)
 
     @cached_property

@@ -1,6 +1,6 @@
-"""What a network costs: MACs, parameters, latency and the size of its file, measured and never changed.
+"""Measure the cost of a network: MACs, parameters, latency and the size of its file.
 
-Units: 1 MAC = 2 FLOPs, counted per image from the shapes that are really computed; milliseconds; bytes.
+Units: MACs per image (1 MAC = 2 FLOPs), counted from the shapes that are really computed; milliseconds; bytes.
 """
 
 import copy
@@ -19,15 +19,15 @@ MIN_ROUNDS = 3
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Number of parameters, trainable or not; buffers such as running statistics are not counted."""
+    """Return the number of parameters, trainable or not; buffers such as running statistics are not counted."""
     return sum(p.numel() for p in net.parameters())
 
 
 def count_macs(net: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-accumulates per image of `input_size` [C, H, W]: half the FLOPs of torch's own counter.
+    """Return the multiply-accumulates per image of `input_size` [C, H, W]: half the FLOPs of torch's own counter.
 
-    Counted on shapes alone (a copy on the meta device): convolutions, linear layers and attention; as is usual,
-    norms, activations and biases are not counted.
+    Counts convolutions, linear layers and attention, on a copy on the meta device, from shapes alone. As is usual, norms,
+    activations and biases are not counted.
     """
     ghost = copy.deepcopy(net).to("meta").eval()
     dtype = next((p.dtype for p in ghost.parameters()), torch.float32)
@@ -43,12 +43,13 @@ def measure_latency(
     runs: int = 100,
     seconds: float = 5.0,
 ) -> dict[str, dict[int, Latency]]:
-    """Time the forward pass of each network, by name and batch size.
+    """Time the forward pass of each network; return {name: {batch size: latency in milliseconds}}.
 
-    The networks take turns, in alternating order, so that whatever else the machine does disturbs all of them alike
-    and ratios are fair. A turn starts with a run that does not count, which finds the caches full of the network before:
-    that costs all alike, and would hide what small ones save. Copies are timed: in eval mode, channels_last, without
-    gradients, on the network's own device. A batch size takes about `seconds`, or three rounds where that is longer.
+    The networks are timed in turns, in alternating order, so that other load on the machine affects all of them alike and
+    ratios are fair. Each turn starts with an untimed run, because the caches still hold the previous network: refilling
+    them costs all networks the same, and would hide what small networks save. Copies are timed, in eval mode, in
+    channels_last, without gradients, on the network's own device. Each batch size takes about `seconds`, or the time of
+    three rounds if that is longer.
     """
     timed = {name: copy.deepcopy(net).eval().to(memory_format=torch.channels_last) for name, net in nets.items()}
     results: dict[str, dict[int, Latency]] = {name: {} for name in nets}
@@ -69,9 +70,9 @@ def footprint(
     latency: Mapping[int, Latency] | None = None,
     folded: Mapping[int, Latency] | None = None,
 ) -> Footprint:
-    """Cost of a network for images of `input_size` [C, H, W]; `latency` is its row of `measure_latency`.
+    """Return the cost of a network for images of `input_size` [C, H, W].
 
-    `folded` is the row of the folded network.
+    `latency` is the network's entry in the result of `measure_latency`, `folded` that of the folded network.
     """
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     file_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -83,6 +84,10 @@ def footprint(
 def _time_rounds(
     nets: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], most: int, seconds: float, least: int
 ) -> dict[str, list[float]]:
+    """Return the times of the forward passes of each network in milliseconds.
+
+    Runs at most `most` rounds, and stops after `seconds` once `least` rounds are done.
+    """
     times: dict[str, list[float]] = {name: [] for name in nets}
     began = time.perf_counter()
     for round_ in range(most):
@@ -96,6 +101,7 @@ def _time_rounds(
 
 @torch.no_grad()
 def _forward_ms(net: nn.Module, images: torch.Tensor) -> float:
+    """Return the time of one forward pass in milliseconds."""
     _wait_for(images.device)
     began = time.perf_counter()
     net(images)
@@ -104,11 +110,12 @@ def _forward_ms(net: nn.Module, images: torch.Tensor) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all work that was queued on it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _like_parameters(images: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    """Return images with the device and dtype of the network's parameters."""
     parameter = next(net.parameters(), images)
     return images.to(device=parameter.device, dtype=parameter.dtype)

@@ -1,4 +1,4 @@
-"""Training and eval mode of the modules of a network, kept while it is used in another one."""
+"""Restore the training or eval mode of every module of a network after using it in another mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,10 @@ from torch import nn
 
 @contextmanager
 def keeping_modes(net: nn.Module) -> Iterator[None]:
-    """Put every module back into training or eval mode as it was on entry, whatever happens inside.
+    """Restore on exit the training or eval mode that each module had on entry, also after an error.
 
-    `net.train(net.training)` would not: a BatchNorm that was frozen by `eval()` within a network that trains would train.
+    `net.train(net.training)` is not enough: it would also put into training mode a BatchNorm that was frozen with `eval()`
+    inside a network in training mode.
     """
     modes = {module: module.training for module in net.modules()}
     try:

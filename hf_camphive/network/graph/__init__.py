@@ -1,5 +1,5 @@
-"""A network as a list of operations whose channels are followed from one end to the other.
+"""Export a network as a list of operations, and follow its channels from the input to the output.
 
-`program.py` exports the operations, `handlers.py` says what each kind of operation does to channels, `tracing.py` makes
-channel groups of what was found, `blocks.py` finds residual blocks. May import `core`.
+`program.py` exports the operations, `handlers.py` defines what each kind of operation does to channels, `tracing.py` builds
+channel groups from the result, `blocks.py` finds residual blocks. May import `core`.
 """

@@ -1,11 +1,12 @@
-"""What each operation of a traced network does to channels. One row in HANDLERS per operation.
+"""Define the effect of each operation of a traced network on channels, one row of HANDLERS for each operation.
 
-A handler takes the labels so far and a node, and returns the labels of the node's result. What has no row freezes
-everything that goes into it.
+A handler takes the labels found so far and a node, and returns the labels of the node's result. An operation without a row
+freezes all channels that it reads.
 """
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -40,8 +41,8 @@ ELEMENTWISE = tuple(
 )
 
 
-def follow(labels: Labels, node: fx.Node) -> object:
-    """Labels of a node's result; what is not understood freezes what it touches."""
+def follow(labels: Labels, node: fx.Node) -> Any:
+    """Return the labels of a node's result; an operation that is not supported freezes the channels that it reads."""
     if not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
         return node.target(*fx.node.map_arg(node.args, labels.values.__getitem__))  # a size
     if all(used in labels.known or isinstance(labels.values.get(used), int) for used in node.all_input_nodes):
@@ -52,16 +53,16 @@ def follow(labels: Labels, node: fx.Node) -> object:
         return unknown(labels, node, str(reason))
 
 
-def _known(labels: Labels, node: fx.Node) -> object:
-    """A value that depends on neither image nor weights is computed, as it may choose positions later on."""
+def _known(labels: Labels, node: fx.Node) -> Any:
+    """Compute a value that depends on neither image nor weights, since it may select positions later; return its labels."""
     values = labels.values | labels.known
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     labels.known[node] = node.target(*args, **kwargs)
     return _no_channels(node)
 
 
-def unknown(labels: Labels, node: fx.Node, reason: str = "is not understood") -> object:
-    """Freeze everything that goes in; what comes out belongs to no channel."""
+def unknown(labels: Labels, node: fx.Node, reason: str = "is not understood") -> Any:
+    """Freeze all channels that a node reads, with the reason; its result belongs to no channel."""
     where = f"{operation(node)} in {module_of(node) or 'the network'} {reason}"
     for used in node.all_input_nodes:
         value = labels.of(used)
@@ -71,7 +72,8 @@ def unknown(labels: Labels, node: fx.Node, reason: str = "is not understood") ->
     return _no_channels(node)
 
 
-def _no_channels(node: fx.Node) -> object:
+def _no_channels(node: fx.Node) -> Any:
+    """Return labels for a node whose result belongs to no channel."""
     value = node.meta["val"]
     if isinstance(value, (tuple, list)):
         return [torch.tensor(NO_CHANNEL).expand(sizes(part)) for part in value]
@@ -82,6 +84,11 @@ def _no_channels(node: fx.Node) -> object:
 
 
 def _convolution(labels: Labels, node: fx.Node) -> Tensor:
+    """Read the channels of axis 1 and create new ones; a depthwise convolution keeps them.
+
+    Raises:
+        UnsupportedOperation: The weight is computed by the network.
+    """
     weight, bias, groups = _layer_weight(labels, node), argument_of(node, 2), argument_of(node, 6, 1)
     out_channels, per_group = node.args[1].meta["val"].shape[:2]
     shape = shape_of(node)
@@ -93,7 +100,7 @@ def _convolution(labels: Labels, node: fx.Node) -> Tensor:
         labels.count(node, groups, spread(atoms, (1, groups), 1), 1)
     else:
         tied = atoms.view(groups, per_group)
-        for block in tied[1:]:  # convolution groups stay equal in width if each loses the same offsets
+        for block in tied[1:]:  # convolution groups keep equal widths if each loses the same offsets
             labels.couple(tied[0], block)
         labels.place(tied[0], weight, 1, "consumer")
         if standardised_in(node):
@@ -112,6 +119,11 @@ def _convolution(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _layer_weight(labels: Labels, node: fx.Node) -> str:
+    """Return the name of a layer's weight.
+
+    Raises:
+        UnsupportedOperation: The weight is computed by the network.
+    """
     weight = weight_of(node)
     if weight is None:
         raise UnsupportedOperation("computes its weight")
@@ -119,16 +131,17 @@ def _layer_weight(labels: Labels, node: fx.Node) -> str:
 
 
 def standardised_in(node: fx.Node) -> bool:
-    """Whether a convolution's weight is standardised first."""
+    """Return whether a convolution's weight is standardised first."""
     return weight_of(node) is not node.args[1]
 
 
 def _linear(labels: Labels, node: fx.Node) -> Tensor:
+    """Read the channels of the last axis and create new ones, unless the last axis does not hold channels."""
     weight, bias = _layer_weight(labels, node), argument_of(node, 2)
     shape = shape_of(node)
     labels.positions[weight] += prod(shape[:-1])
     found = compact(labels.of(node.args[0]))
-    if not varies(found, found.dim() - 1):  # mixes places, not channels
+    if not varies(found, found.dim() - 1):  # mixes positions, not channels
         return found.narrow(-1, 0, 1).expand(shape)
     labels.place(labels.channels(node.args[0], -1), weight, 1, "consumer")
     out = labels.new_atoms(shape[-1])
@@ -142,6 +155,11 @@ def _linear(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _batch_norm(labels: Labels, node: fx.Node) -> Tensor:
+    """Keep the channels of axis 1, which index the statistics, gain and bias.
+
+    Raises:
+        UnsupportedOperation: The statistics are those of the batch.
+    """
     if standardised(node) is not None:
         return _no_channels(node)
     if argument_of(node, 5):
@@ -154,6 +172,11 @@ def _batch_norm(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _layer_norm(labels: Labels, node: fx.Node) -> Tensor:
+    """Keep the channels of the last axis, over which the statistics run.
+
+    Raises:
+        UnsupportedOperation: The norm runs over several axes.
+    """
     if len(node.args[1]) > 1:
         raise UnsupportedOperation("normalises over several axes")
     shape = shape_of(node)
@@ -164,13 +187,15 @@ def _layer_norm(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _group_norm(labels: Labels, node: fx.Node) -> Tensor:
+    """Keep the channels of axis 1; with several norm groups, all channels of one norm group are joined."""
     groups, atoms = node.args[1], labels.channels(node.args[0], 1)
-    if groups > 1:  # whole norm groups go, so that the others' statistics stay
+    if groups > 1:  # only whole norm groups are removed, so that the statistics of the others do not change
         labels.join_along(compact(atoms.view(groups, -1)), 1)
     return _normed(labels, node, atoms, node.args[2:4], shape_of(node), 1)
 
 
 def _normed(labels: Labels, node: fx.Node, atoms: Tensor, affine: tuple, shape: tuple[int, ...], axis: int) -> Tensor:
+    """Record the gain and bias of a norm, and its statistics if they run over channels; return the labels of the result."""
     for tensor in affine:
         if tensor is not None:
             labels.place(atoms, labels.name_of(tensor), 0, "affine")
@@ -179,10 +204,11 @@ def _normed(labels: Labels, node: fx.Node, atoms: Tensor, affine: tuple, shape: 
     return spread(atoms, shape, axis)
 
 
-# Element by element, and pooling
+# Element-wise operations, pooling and reductions
 
 
 def _elementwise(labels: Labels, node: fx.Node) -> Tensor:
+    """Couple the channels of all operands, element by element."""
     joint = torch.tensor(NO_CHANNEL)
     for used in node.all_input_nodes:
         value = labels.of(used)
@@ -192,6 +218,11 @@ def _elementwise(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _pool(labels: Labels, node: fx.Node) -> Tensor:
+    """Keep the channels of axis 1.
+
+    Raises:
+        UnsupportedOperation: The value is not [N, C, H, W].
+    """
     shape = shape_of(node)
     if len(shape) != 4:
         raise UnsupportedOperation("is followed for images only")
@@ -199,6 +230,11 @@ def _pool(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _reduce(labels: Labels, node: fx.Node) -> Tensor:
+    """Remove the reduced axes; channels that lie along them are joined if channels also lie along other axes.
+
+    Raises:
+        UnsupportedOperation: All axes along which channels lie are reduced.
+    """
     found = labels.of(node.args[0])
     axes = argument_of(node, 2 if operation(node) == "linalg_vector_norm" else 1)
     axes = list(range(found.dim())) if not axes and axes != 0 else [axes] if isinstance(axes, int) else axes
@@ -207,7 +243,7 @@ def _reduce(labels: Labels, node: fx.Node) -> Tensor:
     if set(varying) & set(axes):
         if set(varying) <= set(axes):
             raise UnsupportedOperation("averages over channels")
-        for axis in axes:  # what is added up must go together
+        for axis in axes:  # channels that are added up must be removed together
             found = labels.join_along(found, axis)
     for axis in sorted(axes, reverse=True):
         found = (
@@ -217,15 +253,20 @@ def _reduce(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _softmax(labels: Labels, node: fx.Node) -> Tensor:
+    """Join all channels along the axis of the softmax."""
     found = compact(labels.of(node.args[0]))
     return labels.join_along(found, node.args[1] % found.dim()).expand(found.shape)
 
 
-# Attention: whole heads
+# Attention: only whole heads can be removed
 
 
 def _product(labels: Labels, a: Tensor, b: Tensor) -> Tensor:
-    """Labels of a @ b: all channels that meet in one sum go together."""
+    """Return the labels of a @ b, after joining all channels that are added up in one sum.
+
+    Raises:
+        UnsupportedOperation: An operand is a vector.
+    """
     if min(a.dim(), b.dim()) < 2:
         raise UnsupportedOperation("multiplies a vector")
     a, b = compact(a), compact(b)
@@ -236,10 +277,12 @@ def _product(labels: Labels, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _matmul(labels: Labels, node: fx.Node) -> Tensor:
+    """Join the channels that are added up in one sum of a matrix product."""
     return _product(labels, labels.of(node.args[0]), labels.of(node.args[1])).expand(shape_of(node))
 
 
 def _attention(labels: Labels, node: fx.Node) -> Tensor:
+    """Join channels as softmax(q k^T + mask) v does when written as separate operations."""
     query, key, value = (labels.of(argument) for argument in node.args[:3])
     weights = _product(labels, query, key.mT)
     if (mask := argument_of(node, 3, node.kwargs.get("attn_mask"))) is not None:
@@ -252,8 +295,8 @@ def _attention(labels: Labels, node: fx.Node) -> Tensor:
 # Moving data
 
 
-def _move(labels: Labels, node: fx.Node) -> object:
-    """Operations that only move data are run on the labels themselves."""
+def _move(labels: Labels, node: fx.Node) -> Any:
+    """Run an operation that only moves data on the labels themselves."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: _operand(labels, used))
     target = aten.reshape.default if operation(node) == "view" else node.target
     result = target(*args, **kwargs)
@@ -263,14 +306,16 @@ def _move(labels: Labels, node: fx.Node) -> object:
     return result
 
 
-def _operand(labels: Labels, used: fx.Node) -> object:
+def _operand(labels: Labels, used: fx.Node) -> Any:
+    """Return the labels of an argument, or the number itself for a size."""
     value = labels.values.get(used)
     return value if isinstance(value, (int, list, tuple)) else labels.of(used)
 
 
 def _reshape(labels: Labels, node: fx.Node) -> Tensor:
+    """Reshape the labels, and record the sizes in the arguments that count channels."""
     if any(standardised(user) is not None and user.args[0] is node for user in node.users):
-        return _no_channels(node)  # a weight's two channel axes are followed where a convolution reads it
+        return _no_channels(node)  # the convolution that reads the weight follows its channels
     result = _move(labels, node)
     asked = node.args[1] if operation(node) in ("view", "reshape", "expand") else argument_of(node, 2, ())
     asked = asked if isinstance(asked, (list, tuple)) else ()
@@ -281,6 +326,7 @@ def _reshape(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _reshape_as(labels: Labels, node: fx.Node) -> Tensor:
+    """Reshape or expand the labels to the shape of the result."""
     found, shape = labels.of(node.args[0]), shape_of(node)
     result = compact(found.expand(shape) if operation(node) == "expand_as" else found.reshape(shape))
     labels.keep_rectangular(result)
@@ -288,7 +334,11 @@ def _reshape_as(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _split(labels: Labels, node: fx.Node) -> list[Tensor]:
-    """Parts of equal size stay equal: one number in the code stands for all of them."""
+    """Split the labels, and couple parts of equal size, because one number in the network's code gives the size of all.
+
+    Raises:
+        UnsupportedOperation: Parts differ in size, and the sizes are not given one by one.
+    """
     parts = [compact(part) for part in _move(labels, node)]
     axis = argument_of(node, 2, 0) % parts[0].dim()
     for i, part in enumerate(parts if any(varies(part, axis) for part in parts) else ()):
@@ -304,6 +354,7 @@ def _split(labels: Labels, node: fx.Node) -> list[Tensor]:
 
 
 def _slice(labels: Labels, node: fx.Node) -> Tensor:
+    """Slice the labels, and record the bounds of the slice, each of which counts the channels before it."""
     result = _move(labels, node)
     whole = compact(labels.of(node.args[0]))
     axis = argument_of(node, 1, 0) % whole.dim()
@@ -315,7 +366,11 @@ def _slice(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _index(labels: Labels, node: fx.Node) -> Tensor:
-    """Positions chosen by numbers that the network holds."""
+    """Select positions by indices that are constants of the network.
+
+    Raises:
+        UnsupportedOperation: The indices are computed from the image or from weights.
+    """
     if any(used is not None and used not in labels.known for used in node.args[1]):
         raise UnsupportedOperation("chooses positions by what it computes")
     result = compact(aten.index(labels.of(node.args[0]), [used and labels.known[used] for used in node.args[1]]))
@@ -324,12 +379,12 @@ def _index(labels: Labels, node: fx.Node) -> Tensor:
 
 
 def _resample(labels: Labels, node: fx.Node) -> Tensor:
-    """Each plane is stretched on its own."""
+    """Keep the channels of axis 1: each plane [H, W] is resampled separately."""
     return spread(labels.channels(node.args[0], 1), shape_of(node), 1)
 
 
 def _pad(labels: Labels, node: fx.Node) -> Tensor:
-    """What is added along an axis on which channels vary belongs to none."""
+    """Pad the labels: positions added along an axis on which channels vary belong to no channel."""
     found = compact(labels.of(node.args[0]))
     widths = list(node.args[1])
     for offset in range(len(widths) // 2):
@@ -342,7 +397,7 @@ def _pad(labels: Labels, node: fx.Node) -> Tensor:
     return aten.constant_pad_nd(found, widths, NO_CHANNEL) if any(widths) else found
 
 
-Handler = Callable[[Labels, fx.Node], object]
+Handler = Callable[[Labels, fx.Node], Any]
 HANDLERS: dict[str, Handler] = {
     "conv2d": _convolution,
     "linear": _linear,
@@ -371,7 +426,7 @@ HANDLERS: dict[str, Handler] = {
 
 
 def register_operation(name: str, handler: Handler) -> None:
-    """Teach tracing an operation that it does not know; `name` is that of the operation, such as "conv2d".
+    """Register a handler for an operation that tracing does not support; `name` is the operation's, such as "conv2d".
 
     `handler` takes the `Labels` found so far and the operation's node, and returns the labels of the node's result.
 
@@ -379,5 +434,7 @@ def register_operation(name: str, handler: Handler) -> None:
         ConfigError: The operation has a handler already.
     """
     if name in HANDLERS:
-        raise ConfigError(f"operation {name!r} has a handler already; a second one would never be asked")
+        raise ConfigError(
+            f"operation {name!r} has a handler already; register another name, or change the handler that it has"
+        )
     HANDLERS[name] = handler

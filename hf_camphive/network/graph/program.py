@@ -1,12 +1,13 @@
-"""A network as a flat, functional list of tensor operations (`torch.export`), which can be run node by node.
+"""Export a network as a flat, functional list of tensor operations (`torch.export`) that can be run node by node.
 
-Tracing reads it to couple channels; merging runs it on the dense and the masked weights side by side.
-Touches no weight, and knows by name only the norms whose statistics run over channels (`norms`).
+Tracing reads this list to couple channels; merging runs it on the dense and the masked weights side by side. Weights are not
+changed. The only operations that are replaced are norms whose statistics run over channels (`masked_norms`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +18,8 @@ from hf_camphive.network.graph import masked_norms as norms
 from hf_camphive.network.modes import keeping_modes
 
 aten = torch.ops.aten
-REMOVED_SUFFIX = "#gone"  # "<weight>#gone" [R]: channels that do not count in the statistics of that weight's norm
-Values = dict[fx.Node, object]
+REMOVED_SUFFIX = "#gone"  # "<weight>#gone" [R]: channels that the statistics of that weight's norm leave out
+Values = dict[fx.Node, Any]  # tensors, lists of tensors or sizes
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class TracedProgram:
     """Operations of a network in execution order.
 
     `tensors` maps the placeholders of parameters and buffers to their names in the network, `image` is the input
-    [N, C, H, W], `logits` the value that the network returns. `constants` are the values that the network itself holds,
-    and for its norms "<weight>#gone", empty, which a state may replace.
+    [N, C, H, W], `logits` the value that the network returns. `constants` are the constant tensors of the program. They
+    include an empty "<weight>#gone" for each norm over channels; a state may give another value under that name.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -38,22 +39,23 @@ class TracedProgram:
 
     @cached_property
     def operations(self) -> tuple[fx.Node, ...]:
+        """The nodes that compute something, in execution order."""
         return tuple(node for node in self.nodes if node.op == "call_function")
 
     @cached_property
     def ancestry(self) -> "Ancestry":
-        """Which operations each value is computed from."""
+        """The operations that each value is computed from."""
         return Ancestry(self)
 
     def bind(self, state: Mapping[str, Tensor]) -> Values:
-        """Values of all placeholders but the image, from a full state (`named_tensors`)."""
+        """Return the values of all placeholders but the image, from a full state (`named_tensors`)."""
         given = {
             node: state[name] for node, name in self.tensors.items() if name in state or node not in self.constants
         }
         return dict(self.constants) | given
 
     def run(self, state: Mapping[str, Tensor], image: Tensor, wanted: Iterable[fx.Node] | None = None) -> list[Tensor]:
-        """Run the network with these weights on `image` [N, C, H, W]; returns the wanted nodes' values (logits)."""
+        """Run the network with these weights on `image` [N, C, H, W]; return the values of the wanted nodes (the logits)."""
         wanted = [self.logits] if wanted is None else list(wanted)
         last_use = {used: node for node in self.operations for used in node.all_input_nodes}
         values = self.bind(state) | {self.image: image}
@@ -66,7 +68,10 @@ class TracedProgram:
 
 
 class Ancestry:
-    """The operations (and the image) that each value is computed from, itself included, as one bit set per value."""
+    """The ancestors of each value: the operations, and the image, that it is computed from, including itself.
+
+    They are stored as one bit set for each value.
+    """
 
     def __init__(self, program: TracedProgram) -> None:
         self.nodes = (program.image, *program.operations)
@@ -89,32 +94,33 @@ class Ancestry:
         return self._masks[value] | self._masks[on] == self._masks[value]
 
     def count_of_one(self, a: fx.Node, b: fx.Node) -> int:
-        """Return how many ancestors of `a` are none of `b`."""
+        """Return the number of ancestors of `a` that are not ancestors of `b`."""
         return (self._masks[a] & ~self._masks[b]).bit_count()
 
     def of_one(self, a: fx.Node, *others: fx.Node) -> set[fx.Node]:
-        """Return the ancestors of `a` that are none of the others."""
+        """Return the ancestors of `a` that are not ancestors of any of `others`."""
         mask = self._masks[a]
         for other in others:
             mask &= ~self._masks.get(other, 0)
         return {node for place, node in enumerate(self.nodes) if mask >> place & 1}
 
 
-def compute(node: fx.Node, values: Values) -> object:
-    """Result of one operation on the values of its inputs."""
+def compute(node: fx.Node, values: Values) -> Any:
+    """Return the result of one operation on the values of its inputs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     return node.target(*args, **kwargs)
 
 
 def named_tensors(net: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, those shared under several names or not saved included."""
+    """Return all parameters and buffers by name, including non-persistent ones and every name of a shared tensor."""
     return dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers(remove_duplicate=False))
 
 
 def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> TracedProgram:
     """Trace a network in eval mode for images of `input_size` (C, H, W) and any batch size.
 
-    Raises `ModelError` where `torch.export` cannot follow it.
+    Raises:
+        ModelError: `torch.export` cannot export the network, or the program has an operation with graphs of its own.
     """
     tensor = next(net.parameters())
     image = torch.zeros(2, *input_size, dtype=tensor.dtype, device=tensor.device)
@@ -123,7 +129,7 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> TracedProg
             program = torch.export.export(
                 net.eval(), (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-    except Exception as error:  # torch.export lets any error of the network's own code through
+    except Exception as error:  # torch.export passes on any error of the network's own code
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()
@@ -135,6 +141,7 @@ def export_graph(net: nn.Module, input_size: tuple[int, int, int]) -> TracedProg
 
 
 def _functional(program: torch.export.ExportedProgram) -> TracedProgram:
+    """Turn an exported program into a `TracedProgram`: no nested graphs, no in-place operations, maskable norms."""
     signature, graph = program.graph_signature, program.graph
     _inline_regions(program.graph_module)
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -161,10 +168,11 @@ def _functional(program: torch.export.ExportedProgram) -> TracedProgram:
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
-    """Put what runs within `no_grad` or with autocast switched off, which export keeps as a graph of its own, in its place.
+    """Inline, in place, the nested graphs in which export keeps code under `no_grad` or with autocast disabled.
 
-    Raises `ModelError` for any other operation with graphs of its own, such as a branch on data: which of them runs, and
-    in what precision, would be a guess.
+    Raises:
+        ModelError: Another operation has graphs of its own, such as a branch on data. Which of its graphs runs, and in what
+            precision, cannot be known here.
     """
     for node in list(module.graph.nodes):
         region = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"), None)
@@ -190,15 +198,21 @@ def _inline_regions(module: fx.GraphModule) -> None:
 
 
 def _switches_autocast_off(node: fx.Node) -> bool:
+    """Return whether a node runs a nested graph with autocast disabled."""
     return operation(node) == "wrap_with_autocast" and node.args[2] is False  # device, type, enabled, ...
 
 
 def _is_index(tensor: Tensor | None) -> bool:
+    """Return whether a tensor holds integers or booleans."""
     return tensor is not None and not tensor.is_floating_point()
 
 
 def _open_norms(graph: fx.Graph, first: fx.Node, tensors: Mapping[fx.Node, str]) -> dict[fx.Node, tuple[str, Tensor]]:
-    """Let every norm over channels leave some out; returns the placeholders that say which, with name and value."""
+    """Replace every norm over channels, in place, by its version in `masked_norms`, with a placeholder for removed channels.
+
+    Returns {placeholder: (name, value)} with the name "<weight>#gone" and an empty value. `first` is the node before which
+    placeholders are inserted, `tensors` are the names of parameters and buffers.
+    """
     found: dict[fx.Node, tuple[str, Tensor]] = {}
     by_name: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
@@ -217,9 +231,12 @@ def _open_norms(graph: fx.Graph, first: fx.Node, tensors: Mapping[fx.Node, str])
 
 
 def _norm_over_channels(node: fx.Node) -> tuple[Callable, fx.Node | None, dict[str, int]] | None:
-    """The operation that can leave channels out of a norm's statistics, the tensor to name it by, more arguments."""
+    """Return the masked version of a norm over channels, the tensor that gives it a name, and further arguments.
+
+    Returns None for any other operation.
+    """
     kind = operation(node)
-    weight = node.args[2] if len(node.args) > 2 else None
+    weight = argument_of(node, 2)
     if kind in ("layer_norm", "rms_norm") and len(node.args[1]) == 1:
         return getattr(norms, kind), weight, {}
     if kind == "group_norm" and node.args[1] == 1:
@@ -231,20 +248,26 @@ def _norm_over_channels(node: fx.Node) -> tuple[Callable, fx.Node | None, dict[s
 
 
 def standardised(node: object) -> fx.Node | None:
-    """The weight [C_out, C_in, ...] that a node standardises row by row (batch_norm of [1, C_out, -1]); None elsewhere."""
+    """Return the weight [C_out, C_in, ...] that a node standardises row by row; None for any other node.
+
+    Weight standardisation is exported as a batch_norm of the weight viewed as [1, C_out, -1].
+    """
     if not isinstance(node, fx.Node) or operation(node) not in ("batch_norm", "standardised_weight"):
         return None
     rows, statistics, training = node.args[0], node.args[3:5], node.args[5]
     if operation(rows) not in ("view", "reshape") or statistics != (None, None) or not training:
         return None
-    weight, shape = rows.args[0], rows.meta["val"].shape
+    weight, shape = argument_of(rows, 0), rows.meta["val"].shape
     if weight.op != "placeholder" or list(shape[:2]) != [1, weight.meta["val"].shape[0]]:
         return None
     return weight
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The tensor that a convolution's or linear layer's weight is, or is the standardised form of; None elsewhere."""
+    """Return the placeholder of a convolution's or linear layer's weight, also where the weight is standardised first.
+
+    Returns None for other operations and for weights that are computed otherwise.
+    """
     weight = node.args[1] if operation(node) in ("conv2d", "linear") else None
     if isinstance(weight, fx.Node) and operation(weight) in ("view", "reshape", "reshape_as"):
         source = standardised(weight.args[0])
@@ -253,38 +276,41 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 
 
 def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """`aten.relu_` -> `aten.relu`: values must survive their use, since nodes may be run in another order."""
+    """Return the out-of-place version of an operation, such as `aten.relu` for `aten.relu_`.
+
+    Nodes may be run in another order, so no operation may overwrite its inputs.
+    """
     name = op._schema.name.split("::")[1]
     if not name.endswith("_") or name.endswith("__"):
         return op
     return getattr(getattr(torch.ops.aten, name[:-1]), op._overloadname)
 
 
-def argument_of(node: fx.Node, position: int, default: object = None) -> object:
-    """Return an operation's argument by position, or the default where fewer are given."""
+def argument_of(node: fx.Node, position: int, default: object = None) -> Any:
+    """Return an operation's argument by position (a node, tensor, number or list), or the default if fewer are given."""
     return node.args[position] if len(node.args) > position else default
 
 
 def operation(node: fx.Node) -> str:
-    """Name of a node's operation, such as "conv2d"."""
+    """Return the name of a node's operation, such as "conv2d"."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[1]
     return getattr(node.target, "__name__", str(node.target))
 
 
 def module_of(node: fx.Node) -> str:
-    """Name of the innermost module that runs this operation; "" for the network itself."""
+    """Return the name of the innermost module that runs this operation; "" for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""
 
 
 def modules_of(node: fx.Node) -> tuple[str, ...]:
-    """Names of the modules that run this operation, outermost first."""
+    """Return the names of the modules that run this operation, outermost first."""
     return tuple(name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name)
 
 
 def block_modules(graph: TracedProgram) -> frozenset[str]:
-    """Names of all modules that do more than hold others in a row."""
+    """Return the names of all modules but containers (Sequential, ModuleList)."""
     stacks = [(node.meta.get("nn_module_stack") or {}).values() for node in graph.operations]
     kinds = {name: str(kind).rpartition(".")[2] for stack in stacks for name, kind in stack}
     return frozenset(name for name, kind in kinds.items() if name and kind not in ("Sequential", "ModuleList"))

@@ -1,9 +1,9 @@
-"""Which channels must live or die together, found by following every channel through the network.
+"""Find the channels that must be removed together, by following every channel through the network.
 
-Each element of each value carries a label, the channel that it belongs to (an *atom*). Convolutions and linear layers
-read atoms and make new ones, operations that only move data are run on the labels themselves, and element-wise
-operations couple the atoms that they bring together (`operations`). What is not understood freezes the atoms that it
-touches, with the reason. Pure analysis: no weight is read or changed.
+Each element of each value has a label: the channel that it belongs to, an *atom* (`labels.py`). Convolutions and linear layers
+read atoms and create new ones, operations that only move data are run on the labels themselves, and element-wise
+operations couple the atoms of their operands (`handlers.py`). An operation that is not supported freezes the atoms that it
+reads, with the reason. No weight is read or changed.
 """
 
 from collections import Counter, defaultdict
@@ -21,10 +21,11 @@ from hf_camphive.network.graph.program import TracedProgram, export_graph, opera
 
 @dataclass(frozen=True)
 class Count:
-    """A number of channels that `module` works with.
+    """A number of channels that occurs in the operations of `module`.
 
-    `kind`: "written" where the number itself stands in its code, "input" where so many come in from outside, else "size".
-    Each line maps groups to the channels it holds (one entry a position); the number is what the longest line keeps.
+    `kind` is "written" if the number is an argument of an operation, "input" if it is the size of a value that comes from
+    outside the module, else "size". Each of the `lines` maps groups to the channels that it holds, one entry for each
+    position. After a cut, the number is that of the line that keeps the most.
     """
 
     module: str
@@ -33,7 +34,7 @@ class Count:
     kind: str
 
     def after(self, keep: Mapping[str, tuple[int, ...]]) -> int:
-        """What the number becomes when each group keeps these channels."""
+        """Return the number after a cut in which each group keeps the given channels."""
         kept = {name: set(keep[name]) for line in self.lines for name in line}
         gone = [sum(c not in kept[name] for name, channels in line.items() for c in channels) for line in self.lines]
         return self.number - min(gone)
@@ -41,11 +42,11 @@ class Count:
 
 @dataclass(frozen=True)
 class Trace:
-    """A network's graph, its channel groups in forward order, and what its weights cost.
+    """A network's graph, its channel groups in forward order, and the cost of its weights.
 
     `positions` is the number of multiply-accumulates per image for each element of a convolution's or linear layer's
-    weight: MACs = sum over weights of positions * weight.numel(). `sums` names the groups that meet in each addition,
-    `counts` are the numbers in the network's code that change with its widths.
+    weight: MACs = sum over weights of positions * weight.numel(). `sums` maps each addition to the names of the groups
+    whose channels it adds; `counts` are the numbers of channels that change with the widths.
     """
 
     graph: TracedProgram
@@ -59,7 +60,8 @@ class Trace:
 def trace_network(net: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     """Find the channel groups of a network for images of `input_size` (C, H, W).
 
-    Raises `ModelError` where the network cannot be traced at all.
+    Raises:
+        ModelError: The network cannot be exported (`export_graph`).
     """
     graph = export_graph(net, input_size)
     labels = Labels(graph)
@@ -74,17 +76,11 @@ def trace_network(net: nn.Module, input_size: tuple[int, int, int]) -> Trace:
 
 
 def _channel_groups(labels: Labels) -> tuple[tuple[ChannelGroup, ...], dict[int, tuple[str, int]]]:
-    """Atoms that were coupled become one channel; channels with the same slots become one group.
+    """Return the channel groups, and {root atom of a channel: (name of its group, its number in the group)}.
 
-    Returns the groups, and of each channel its group and its number in it.
+    Coupled atoms form one channel. Channels that occur at the same axes of the same tensors, equally often, form one group.
     """
-    channels: dict[int, list[Place]] = defaultdict(list)
-    reasons: dict[int, str] = {}
-    for atom in range(len(labels.parent)):
-        root = labels.root(atom)
-        channels[root] += labels.places[atom]
-        if atom in labels.reasons:
-            reasons.setdefault(root, labels.reasons[atom])
+    channels, reasons = _joined_channels(labels)
     families: dict[tuple, list[int]] = defaultdict(list)
     for root, places in channels.items():
         counts = Counter(place[:3] for place in set(places))
@@ -108,8 +104,20 @@ def _channel_groups(labels: Labels) -> tuple[tuple[ChannelGroup, ...], dict[int,
     return tuple(groups), numbers
 
 
+def _joined_channels(labels: Labels) -> tuple[dict[int, list[Place]], dict[int, str]]:
+    """Return the places of each channel, and the reasons why channels are frozen, by the root atom of the channel."""
+    channels: dict[int, list[Place]] = defaultdict(list)
+    reasons: dict[int, str] = {}
+    for atom in range(len(labels.parent)):
+        root = labels.root(atom)
+        channels[root] += labels.places[atom]
+        if atom in labels.reasons:
+            reasons.setdefault(root, labels.reasons[atom])
+    return channels, reasons
+
+
 def _groups_at(labels: Labels, node: fx.Node, channels: Mapping[int, tuple[str, int]]) -> frozenset[str]:
-    """Names of the groups whose channels a value holds."""
+    """Return the names of the groups whose channels a value holds."""
     found = labels.values[node]
     atoms = torch.unique(thin(found)).tolist() if isinstance(found, Tensor) else []
     roots = {labels.root(atom) for atom in atoms if atom != NO_CHANNEL}
@@ -117,6 +125,10 @@ def _groups_at(labels: Labels, node: fx.Node, channels: Mapping[int, tuple[str, 
 
 
 def _counts(labels: Labels, channels: Mapping[int, tuple[str, int]]) -> tuple[Count, ...]:
+    """Return the recorded numbers of channels as counts over channel groups, without duplicates.
+
+    `channels` maps the root atom of each channel to its group and its number in the group.
+    """
     found: dict[tuple, Count] = {}
     for literal in labels.literals:
         roots = torch.unique(labels.roots(literal.lines), dim=0)
@@ -135,7 +147,7 @@ def _counts(labels: Labels, channels: Mapping[int, tuple[str, int]]) -> tuple[Co
 
 
 def _group_name(slots: tuple[Slot, ...], groups: list[ChannelGroup]) -> str:
-    """Name of the first producer's module, made unique."""
+    """Return the name of the first producer's module, with a suffix "#2", "#3", ... if a group has that name already."""
     first = next((slot for slot in slots if slot.role == "producer"), slots[0])
     name = base = first.tensor.removesuffix(".weight")
     taken = {group.name for group in groups}

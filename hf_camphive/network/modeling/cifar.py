@@ -1,4 +1,4 @@
-"""Networks for small images, registered in timm: the ResNets of He et al. for CIFAR, and companions.
+"""Networks for small images, registered in timm: the CIFAR ResNets of He et al. (arXiv:1512.03385) and similar networks.
 
 Self-contained (torch and timm only): a copy of this file is shipped inside saved folders as remote code.
 """
@@ -20,7 +20,9 @@ class CifarResNet(ResNet):
 
     With `option_a`, a block that changes the shape has the parameter-free shortcut of He et al. 2015
     (https://arxiv.org/abs/1512.03385, section 4.2): subsample by 2 and add zero channels, half before and half after.
-    It is written as a 1x1 convolution of stride 2 whose weight starts as that embedding, so that it can be pruned.
+
+    Deviation: the shortcut is a 1x1 convolution of stride 2 whose weight is initialised to that embedding, so that it can be
+    pruned. Its weight is a parameter, and is trained.
     """
 
     def __init__(
@@ -34,14 +36,14 @@ class CifarResNet(ResNet):
         **kwargs: Any,
     ) -> None:
         placement = {"device": device, "dtype": dtype}
-        # The deep stem is asked for only because it lets timm choose the width that the first stage reads.
+        # With the deep stem, `stem_width` sets the width that the first stage reads; the stem itself is replaced below.
         stem = {"stem_type": "deep", "stem_width": widths[0] // 2}
         super().__init__(BasicBlock, layers, channels=widths, in_chans=in_chans, **stem, **placement, **kwargs)
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False, **placement)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
         for stage in range(len(widths) + 1, 5):
-            self.add_module(f"layer{stage}", nn.Sequential())  # timm's forward visits four stages
+            self.add_module(f"layer{stage}", nn.Sequential())  # timm's forward runs four stages
         for info in self.feature_info[1:]:
             info["reduction"] //= 4
         self.feature_info[0]["reduction"] = 1
@@ -56,7 +58,7 @@ class CifarResNet(ResNet):
 
 
 class CifarMobileNetV2(EfficientNet):
-    """timm's MobileNetV2 with the strides usual for 32x32 images: the stem and the second stage do not subsample."""
+    """timm's MobileNetV2 with the usual strides for 32x32 images: the stem and the second stage have stride 1."""
 
     def __init__(self, **kwargs: Any) -> None:
         stages = [["ds_r1_k3_s1_c16"], ["ir_r2_k3_s1_e6_c24"], ["ir_r3_k3_s2_e6_c32"], ["ir_r4_k3_s2_e6_c64"]]
@@ -68,7 +70,7 @@ class CifarMobileNetV2(EfficientNet):
 
 
 def zero_padding_weight(inputs: int, outputs: int) -> Tensor:
-    """Weight [outputs, inputs, 1, 1] of the 1x1 convolution that adds zero channels, half before and half after."""
+    """Return the weight [C_out, C_in, 1, 1] of the 1x1 convolution that adds zero channels, half before and half after."""
     weight = torch.zeros(outputs, inputs, 1, 1)
     rows = torch.arange(inputs) + (outputs - inputs) // 2
     weight[rows, torch.arange(inputs)] = 1.0
@@ -76,9 +78,10 @@ def zero_padding_weight(inputs: int, outputs: int) -> Tensor:
 
 
 def checkpoint_filter(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """Rename the tensors of public CIFAR checkpoints to timm's, and add the shortcuts that carry no parameters there.
+    """Rename the tensors of public CIFAR checkpoints to timm's names, and add the weights of parameter-free shortcuts.
 
-    Their names are `conv1 bn1 layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2} linear`, perhaps behind `module.`.
+    The names in these checkpoints are `conv1 bn1 layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2} linear`, possibly with the prefix
+    `module.`.
     """
     state = {
         name.removeprefix("module.").replace("linear.", "fc."): tensor
@@ -92,6 +95,7 @@ def checkpoint_filter(state: dict[str, Tensor], net: nn.Module) -> dict[str, Ten
 
 
 def _config(**values: Any) -> dict[str, Any]:
+    """Return timm's pretrained_cfg of a network for 32x32 images and 10 classes, with the given values changed."""
     defaults = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
     layers = {"first_conv": "conv1", "classifier": "fc"}
     return {**defaults, **layers, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **values}
@@ -116,6 +120,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _register(name: str, network: type[nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
+    """Register a class in timm as the architecture `name` with the `fixed` arguments; return the entry point."""
+
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(
             network, name, pretrained, pretrained_filter_fn=checkpoint_filter, **{**fixed, **kwargs}
@@ -123,7 +129,7 @@ def _register(name: str, network: type[nn.Module], **fixed: Any) -> Callable[...
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"timm entry point of {name}."
-    # A copy of this file may have been imported from a saved folder: whoever came first serves the name.
+    # A copy of this file may have been imported from a saved folder before; timm keeps the first registration.
     return build if is_model(name) else register_model(build)
 
 

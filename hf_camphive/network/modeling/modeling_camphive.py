@@ -1,7 +1,8 @@
-"""The readers: a pruned timm network as a transformers model and as a timm architecture.
+"""Load a pruned timm network as a transformers model or as a timm architecture.
 
 Self-contained (torch, timm, transformers and `.cifar` only): a copy of this file is shipped inside every saved folder
-as remote code. Nothing here looks at values, only at shapes, because transformers builds networks on the meta device.
+as remote code. The code reads the shapes of tensors but not their values, because transformers builds networks on the meta
+device.
 """
 
 import copy
@@ -40,17 +41,18 @@ Shortcuts = Mapping[str, Mapping[str, Sequence[str]]]
 Attributes = Mapping[str, Mapping[str, int | Sequence[int]]]
 _SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 _ATTRIBUTES = "camphive_attributes"
-# What a saved pretrained_cfg leaves out: where the dense weights came from, and what config.json says elsewhere.
+# Keys that a saved pretrained_cfg omits: the source of the dense weights, and values stored elsewhere in config.json.
 _NOT_SAVED = {
     *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
     *("num_classes", "label_names", "label_descriptions", "label_offset"),
 }
-# The arguments that a config.json may give: those of `camphive`, and those by which timm's networks describe their
-# layers. Others reach loaders: `timm.create_model(checkpoint_path=...)` opens any file, before timm 1.0.26 as a pickle.
+# The arguments that a config.json may give: those of `camphive`, and those that describe the layers of timm's networks.
+# Other arguments can reach file loaders: `timm.create_model(checkpoint_path=...)` opens any file, before timm 1.0.26 as a
+# pickle.
 _MODEL_ARGS = frozenset(
     (
         "base widths shortcuts attributes "
-        # what goes in and comes out
+        # inputs and outputs
         "num_classes in_chans img_size global_pool output_stride num_features feature_dim head_hidden_size "
         "head_bias head_norm head_norm_first head_init_scale head_conv_bias final_norm fc_norm use_fc_norm "
         "distillation distilled strict_img_size dynamic_img_size dynamic_img_pad pool_size pool_include_prefix "
@@ -76,16 +78,20 @@ _MODEL_ARGS = frozenset(
         "scale_mlp scale_attn_inner"
     ).split()
 )
-# What `timm.create_model` hands on to `camphive` besides: its own parameters, which no config.json can set, and places.
+# Arguments that `timm.create_model` adds when it calls `camphive`; a config.json cannot set them.
 _FROM_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "device", "dtype"}
-# The entries of a pretrained_cfg that lead timm to other weights than those beside the config.json.
+# The keys of a pretrained_cfg that make timm read other weights than those beside the config.json.
 _OTHER_WEIGHTS = ("file", "url", "state_dict", "hf_hub_filename")
 
 
 class Shortcut(nn.Module):
-    """What is left of a residual block whose branch was emptied: y = after(shortcut(x) + constant), [B, C, H, W].
+    """Replace a residual block whose branch was dropped: y = after(shortcut(x) + constant), [N, C, H, W].
 
-    The children of `block` that remain keep their names, so their tensors do too. `constant` [C] starts at zero.
+    `shortcut` and `after` name children of `block`, which are applied in order and keep their names, so the names of their
+    tensors do not change. `constant` [C] is initialised to zero.
+
+    Raises:
+        ValueError: `block` lacks a named child.
     """
 
     def __init__(self, block: nn.Module, shortcut: Sequence[str], after: Sequence[str], channels: int) -> None:
@@ -98,7 +104,7 @@ class Shortcut(nn.Module):
             self.add_module(name, children[name])
         like = next(block.parameters(), torch.empty(0))
         self.constant = nn.Parameter(like.new_zeros(channels))
-        self.training = block.training  # the children keep theirs
+        self.training = block.training  # the children keep their own modes
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.shortcut_names:
@@ -110,11 +116,12 @@ class Shortcut(nn.Module):
 
 
 class ImplantedConv2d(nn.Conv2d):
-    """A convolution some of whose channels are cheap: 1x1 (HAP's neural implants, arXiv:2101.08940).
+    """A convolution that uses 1x1 kernels for some of its channels (HAP's neural implants, arXiv:2101.08940).
 
-    y = [W * x_main + R * x_implanted, M * x] with x = [x_main, x_implanted]: `weight` W is kH x kW; `reads` R
-    [C_main, I, 1, 1] reads the implanted inputs, `makes` M [J, C_in, 1, 1] makes the implanted outputs, which come last.
-    Either may be absent. For convolutions that keep the size up to their stride, without convolution groups.
+    y = [W * x_main + R * x_implanted, M * x] with x = [x_main, x_implanted]. The main channels have the weight W
+    [C_main_out, C_main_in, kH, kW]; `reads` R [C_main_out, I, 1, 1] reads the I implanted inputs, and `makes` M
+    [J, C_main_in + I, 1, 1] computes the J implanted outputs, which are the last ones. `reads` or `makes` is None if there are
+    no such channels. The convolution must have no groups, and a padding that keeps the size up to the stride.
     """
 
     def __init__(self, conv: nn.Conv2d, reads: bool, makes: bool) -> None:
@@ -140,7 +147,7 @@ class ImplantedConv2d(nn.Conv2d):
         return y if self.makes is None else torch.cat([y, self.makes(x)], dim=1)
 
     def _pointwise(self, outputs: int, bias: bool) -> nn.Conv2d:
-        """A 1x1 convolution of one input channel, to be resized; its weights are zero."""
+        """Return a 1x1 convolution of one input channel with zero weights, to be resized later."""
         placement = {"device": self.weight.device, "dtype": self.weight.dtype}
         conv = nn.utils.skip_init(nn.Conv2d, 1, outputs, 1, self.stride, bias=bias, **placement)
         for parameter in conv.parameters():
@@ -149,9 +156,9 @@ class ImplantedConv2d(nn.Conv2d):
 
 
 def widths_of(net: nn.Module) -> dict[str, list[int]]:
-    """Weight shape of every convolution, linear layer, norm and `Shortcut` (its constant), by module name.
+    """Return the weight shape of every convolution, linear layer, norm and `Shortcut` (its constant), by module name.
 
-    Tensors of other modules (layer scales, tables of positions) stand under their own names.
+    Tensors of other modules, such as layer scales and position embeddings, are listed by their own names.
     """
     widths = {}
     for name, module in net.named_modules():
@@ -165,12 +172,12 @@ def widths_of(net: nn.Module) -> dict[str, list[int]]:
 
 
 def attributes_of(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """Numbers that modules hold besides their tensors and that `resize` has changed, by module name."""
+    """Return the attributes of modules that `resize` has changed: {module: {attribute: value}}."""
     return {name: dict(values) for name, values in getattr(net, _ATTRIBUTES, {}).items()}
 
 
 def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
-    """The children that each `Shortcut` of a network kept, by module name."""
+    """Return the names of the children that each `Shortcut` of a network has kept, by module name."""
     return {
         name: {"shortcut": list(module.shortcut_names), "after": list(module.after_names)}
         for name, module in net.named_modules()
@@ -181,24 +188,15 @@ def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
 def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Attributes | None = None) -> None:
     """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
 
-    A resized tensor holds the leading corner of the old one and zeros beyond it: load the weights next. Layers that
-    are not named stay as they are. `attributes` are numbers that modules hold besides (num_heads). The widths that timm
-    networks tell about themselves (num_features, head_hidden_size, feature_info) are brought up to date by one forward
-    pass on the meta device.
+    A resized tensor holds the leading corner of the old tensor, and zeros elsewhere: load the weights next. Layers that
+    are not named are not changed. `attributes` gives new values of other attributes of modules, such as `num_heads`. The
+    widths that timm networks publish (num_features, head_hidden_size, feature_info) are updated by one forward pass on the
+    meta device. A convolution becomes an `ImplantedConv2d` if the widths name its `reads` or `makes`.
 
-    A convolution becomes an `ImplantedConv2d` where the widths name its `reads` or `makes`.
-
-    Raises ValueError on names that the network lacks and on shapes that do not fit a layer or one another.
+    Raises:
+        ValueError: The network lacks a name, or a shape or attribute does not fit a layer, or shapes do not fit one another.
     """
-    for name, kept in shortcuts.items():
-        block = _module(net, name)
-        if isinstance(block, Shortcut):
-            if (tuple(kept["shortcut"]), tuple(kept["after"])) != (block.shortcut_names, block.after_names):
-                raise ValueError(f"{name} is already a shortcut, which kept {shortcuts_of(net)[name]}, not {kept}")
-        elif name not in widths:
-            raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
-        else:
-            net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
+    _replace_blocks(net, widths, shortcuts)
     _implant(net, widths)
     tied = _tied(net)
     for name, shape in widths.items():
@@ -225,11 +223,11 @@ def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Att
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a config.json by which timm would open other files than the weights beside it.
 
-    Reads `model_args` and `pretrained_cfg` of the values of a config.json, in timm's layout or this package's.
+    Checks `model_args` and `pretrained_cfg` in the values of a config.json, in timm's layout or this package's.
 
     Raises:
-        ValueError: Where `model_args` names anything but arguments of an architecture, or `pretrained_cfg` another
-            place of weights.
+        ValueError: `model_args` names anything but arguments of an architecture, or `pretrained_cfg` another source of
+            weights.
     """
     args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg", config) or {}
     for name, values in (("model_args", args), ("pretrained_cfg", cfg)):
@@ -247,6 +245,11 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _check_arguments(args: Iterable[str]) -> None:
+    """Check that all names are arguments that describe an architecture.
+
+    Raises:
+        ValueError: A name is not in `_MODEL_ARGS`.
+    """
     if foreign := sorted(set(args) - _MODEL_ARGS):
         raise ValueError(
             f"model_args in config.json holds {', '.join(foreign)}, which does not describe a network and might make timm "
@@ -263,12 +266,13 @@ def camphive(
     attributes: Attributes | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Entry point of timm: the architecture `base` with these widths, shortcuts and attributes.
+    """Build the timm architecture `base` with these widths, shortcuts and attributes (entry point for timm).
 
     `num_classes` and `in_chans` may differ from the saved network's, as for any timm architecture.
 
     Raises:
-        ValueError: Where the widths do not fit `base`, timm does not know it, or `check_config` refuses the arguments.
+        ValueError: The widths do not fit `base`, timm does not know `base`, `features_only` is set, or `check_config` refuses
+            the arguments.
     """
     if kwargs.pop("features_only", False):
         raise ValueError("features_only is not available for pruned networks; call forward_intermediates instead")
@@ -278,7 +282,7 @@ def camphive(
     kwargs.pop("pretrained_model_args", None)
     _check_arguments(kwargs.keys() - _FROM_TIMM)
     cfg = kwargs.get("pretrained_cfg")
-    if isinstance(cfg, Mapping) and cfg.get("source"):  # read from a config.json; `file` is then timm's own
+    if isinstance(cfg, Mapping) and cfg.get("source"):  # read from a config.json; timm itself has set `file`
         check_config({"pretrained_cfg": {name: value for name, value in cfg.items() if name != "file"}})
     net = timm.create_model(base, pretrained=False, **kwargs)
     net.pretrained_cfg["architecture"] = ARCHITECTURE
@@ -291,14 +295,18 @@ def camphive(
 
 
 class CampHiVeTimmConfig(TimmWrapperConfig):
-    """Configuration of a pruned timm network: `model_args` holds base, widths, shortcuts and timm's own arguments."""
+    """Configuration of a pruned timm network: `model_args` holds base, widths, shortcuts, attributes and timm's arguments."""
 
     model_type = MODEL_TYPE
     architecture: str = ARCHITECTURE
 
 
 class CampHiVeForImageClassification(TimmWrapperForImageClassification):
-    """A pruned timm network (`timm_model`) with transformers' loading, saving, loss and output."""
+    """A pruned timm network (`timm_model`) with the loading, saving, loss and output of transformers.
+
+    Raises:
+        ValueError: `check_config` refuses the configuration, its architecture is not "camphive", or its widths do not fit.
+    """
 
     config: CampHiVeTimmConfig
     config_class = CampHiVeTimmConfig
@@ -308,7 +316,7 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         if config.architecture != ARCHITECTURE:  # "hf-hub:..." would make timm read a config from elsewhere
             raise ValueError(f"architecture in config.json is {config.architecture!r}, not {ARCHITECTURE!r}")
         super().__init__(config)
-        # transformers builds the network without its pretrained_cfg; timm's transforms would fall back to the base's.
+        # transformers builds the network without its pretrained_cfg; timm's transforms would then use that of the base.
         net = self.timm_model
         own = {"architecture": config.architecture, "num_classes": config.num_labels}
         net.pretrained_cfg = net.default_cfg = (
@@ -319,9 +327,12 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
     def from_timm(
         cls, net: nn.Module, base: str, model_args: Mapping[str, Any] | None = None, **config: Any
     ) -> "CampHiVeForImageClassification":
-        """Wrap a network that `resize` can rebuild from the timm architecture `base`; its tensors are shared.
+        """Wrap a network that `resize` can rebuild from the timm architecture `base`; its tensors are shared, not copied.
 
-        `model_args` are the timm arguments of the dense network; `config` goes to `CampHiVeTimmConfig`.
+        `model_args` are the timm arguments of the dense network; `config` is passed to `CampHiVeTimmConfig`.
+
+        Raises:
+            ValueError: The network cannot be rebuilt from `base` and its widths.
         """
         args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
         pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
@@ -329,42 +340,45 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         shape: dict[str, Any] = {"widths": widths_of(net), "shortcuts": shortcuts_of(net)}
         if attributes := attributes_of(net):
             shape["attributes"] = attributes
-        config = cls.config_class(
-            num_labels=net.num_classes,
-            num_features=net.num_features,
-            model_args={**args, "base": base, **shape},
-            pretrained_cfg=pretrained_cfg,
-            image_processor_type="TimmWrapperImageProcessor",
-            **config,
-        )
-        # On a real device __init__ would draw new weights; on meta it only proves that the widths rebuild the network.
+        values: dict[str, Any] = {
+            "num_labels": net.num_classes,
+            "num_features": net.num_features,
+            "model_args": {**args, "base": base, **shape},
+            "pretrained_cfg": pretrained_cfg,
+            "image_processor_type": "TimmWrapperImageProcessor",
+        }
+        # On a real device __init__ would draw new weights; on meta it only checks that the widths rebuild the network.
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(cls.config_class(**values, **config))
         model.timm_model = net
-        model.training = net.training  # its modules keep theirs
+        model.training = net.training  # its modules keep their own modes
         return model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        """Save as transformers does, but with timm's own tensor names, so that timm reads the file too."""
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Save as transformers does, but with timm's own tensor names, so that timm can read the file too."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name.removeprefix("timm_model."): tensor for name, tensor in state_dict.items()}
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 def _portable(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pretrained_cfg without the keys that are not saved."""
     return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_SAVED}
 
 
 def _shape(module: nn.Module) -> list[int]:
+    """Return the weight shape of a layer; for a norm without affine parameters that of the weight it would have."""
     if module.weight is not None:
         return list(module.weight.shape)
-    if isinstance(module, nn.LayerNorm):  # norms without affine parameters
+    if isinstance(module, nn.LayerNorm):
         return list(module.normalized_shape)
     return [module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features]
 
 
 def _loose(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Tensors of a module that is neither a `Shortcut` nor of a kind that has a width."""
+    """Return the floating-point tensors, by name, that a module holds itself, unless it is a sized layer or a `Shortcut`."""
     if isinstance(module, (Shortcut, *_SIZED)):
         return []
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -372,7 +386,7 @@ def _loose(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _tied(net: nn.Module) -> list[list[str]]:
-    """Names of the parameters that are one and the same."""
+    """Return the names of each parameter that a network holds under several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -380,6 +394,11 @@ def _tied(net: nn.Module) -> list[list[str]]:
 
 
 def _resize_tensor(name: str, module: nn.Module, key: str, shape: list[int]) -> None:
+    """Resize a tensor of a module that is not a sized layer; its number of axes cannot change.
+
+    Raises:
+        ValueError: `shape` has another number of axes.
+    """
     old = list(getattr(module, key).shape)
     if len(shape) != len(old):
         raise ValueError(f"{name}: shape {old} cannot become {shape}")
@@ -388,6 +407,11 @@ def _resize_tensor(name: str, module: nn.Module, key: str, shape: list[int]) -> 
 
 
 def _set_number(name: str, module: nn.Module, key: str, value: Any) -> None:
+    """Set an attribute that holds a number, or a list or tuple of numbers, to a value of the same kind.
+
+    Raises:
+        ValueError: The module has no such attribute, or it holds another kind of value.
+    """
     old = vars(module).get(key)
     if isinstance(value, int) and isinstance(old, int):
         setattr(module, key, value)
@@ -398,14 +422,36 @@ def _set_number(name: str, module: nn.Module, key: str, value: Any) -> None:
 
 
 def _module(net: nn.Module, name: str) -> nn.Module:
+    """Return a module by name.
+
+    Raises:
+        ValueError: The network has no such module.
+    """
     try:
         return net.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"{type(net).__name__} has no module {name!r}: {error}") from error
 
 
+def _replace_blocks(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
+    """Replace the blocks named in `shortcuts` by a `Shortcut` each, unless they are such shortcuts already.
+
+    Raises:
+        ValueError: A block is a `Shortcut` that kept other children, or the widths do not give the size of its constant.
+    """
+    for name, kept in shortcuts.items():
+        block = _module(net, name)
+        if isinstance(block, Shortcut):
+            if (tuple(kept["shortcut"]), tuple(kept["after"])) != (block.shortcut_names, block.after_names):
+                raise ValueError(f"{name} is already a shortcut, which kept {shortcuts_of(net)[name]}, not {kept}")
+        elif name not in widths:
+            raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
+        else:
+            net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
+
+
 def _implant(net: nn.Module, widths: Widths) -> None:
-    """Turn convolutions whose `reads` or `makes` have widths into `ImplantedConv2d`s that have these children."""
+    """Replace each convolution for whose `reads` or `makes` there are widths by an `ImplantedConv2d` with these children."""
     parents = {name.rpartition(".")[0] for name in widths if name.rpartition(".")[2] in ("reads", "makes")}
     for name in sorted(parents):
         conv = _module(net, name)
@@ -421,6 +467,11 @@ def _implant(net: nn.Module, widths: Widths) -> None:
 
 
 def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
+    """Give a sized layer this weight shape, or the constant of a `Shortcut` this shape, in place.
+
+    Raises:
+        ValueError: The module is of another kind, or cannot have this shape.
+    """
     if isinstance(module, Shortcut):
         module.constant = _resized(module.constant, shape)
         return
@@ -445,7 +496,7 @@ def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
         module.num_channels = shape[0]
     else:
         module.num_features = shape[0]
-    # Whatever else a layer holds per output channel (bias, gain, running statistics) follows the weight's first axis.
+    # Other tensors with one entry for each output channel (bias, running statistics) follow the weight's first axis.
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if key == "weight":
             module.weight = _resized(tensor, shape)
@@ -454,21 +505,31 @@ def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
 
 
 def _groups(name: str, conv: nn.Conv2d, shape: list[int]) -> int:
-    """Groups of a convolution with this weight shape: depthwise follows the channels, any other keeps its number."""
+    """Return the number of groups for this weight shape: that of a depthwise convolution follows its channels, others are kept.
+
+    Raises:
+        ValueError: The output channels cannot be split evenly into the groups.
+    """
     if conv.groups == 1:
         return 1
     groups = conv.groups
     if conv.weight.shape[1] == 1:
         groups = shape[0] // (conv.out_channels // conv.groups)
     elif shape[1] == 1 and shape[0] % groups:
-        groups = shape[0]  # narrowed to one channel per group, it became depthwise, and lost groups afterwards
+        groups = shape[
+            0
+        ]  # one cut left one input channel per group, which made it depthwise; a later cut removed groups
     if groups < 1 or shape[0] % groups:
         raise ValueError(f"{name}: {shape[0]} output channels cannot be split into its {conv.groups} groups evenly")
     return groups
 
 
 def _norm_groups(name: str, norm: nn.GroupNorm, channels: int) -> int:
-    """Groups of a GroupNorm with so many channels: each keeps its size, unless there is only one."""
+    """Return the number of groups of a GroupNorm for this number of channels: groups keep their size, a single group is kept.
+
+    Raises:
+        ValueError: The channels cannot be split into groups of that size.
+    """
     if norm.num_groups == 1:
         return 1
     size = norm.num_channels // norm.num_groups
@@ -478,38 +539,42 @@ def _norm_groups(name: str, norm: nn.GroupNorm, channels: int) -> int:
 
 
 def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of this shape with the leading corner of the old one and zeros elsewhere; parameters stay parameters."""
     new = tensor.detach().new_zeros(shape)
     corner = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
     new[corner] = tensor.detach()[corner]
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
+# What a forward pass raises if widths do not fit one another.
 _UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def _update_features(net: nn.Module) -> None:
-    """Set num_features, head_hidden_size and feature_info to what a forward pass on the meta device shows."""
-    tensors = [*net.parameters(), *net.buffers()]
-    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in net.parameters()}
-    twin = copy.deepcopy(net, memo).eval()  # shares nothing with the network and costs no memory
+    """Set num_features, head_hidden_size and feature_info from a forward pass on the meta device.
+
+    Raises:
+        ValueError: The network does not run with its widths.
+    """
+    twin = _meta_copy(net)
 
     def channels(x: Tensor) -> int:
         return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
 
     def note(info: dict, output: Any) -> None:
-        if isinstance(output, Tensor):  # some blocks give several
+        if isinstance(output, Tensor):  # some blocks return several
             info["num_chs"] = channels(output)
 
     infos = [dict(info) for info in getattr(net, "feature_info", ())]
     modules = dict(twin.named_modules())
     for info in infos:
-        if info["module"] in modules:  # some networks tell of modules that they do not have
+        if info["module"] in modules:  # some networks list modules that they do not have
             modules[info["module"]].register_forward_hook(lambda module, inputs, output, info=info: note(info, output))
     size = (_input_channels(net), *net.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
     try:
         with torch.no_grad():
-            features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=tensors[0].dtype))
+            dtype = [*twin.parameters(), *twin.buffers()][0].dtype
+            features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=dtype))
             hidden = twin.forward_head(features, pre_logits=True)
             twin.forward_head(features)
     except _UNFIT as error:
@@ -523,8 +588,15 @@ def _update_features(net: nn.Module) -> None:
         net.feature_info = infos
 
 
+def _meta_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of a network in eval mode on the meta device, which shares no tensor with it and needs no memory."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in (*net.parameters(), *net.buffers())}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, memo).eval()
+
+
 def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
-    """Saved widths, with the input channels and classes that `net` was asked for (no classifier: none)."""
+    """Return the saved widths with the input channels and the classes of `net`; without those of a removed classifier."""
     fitted = {name: list(shape) for name, shape in widths.items()}
     for name in _names(net.pretrained_cfg.get("first_conv")):
         if name in fitted:
@@ -538,14 +610,16 @@ def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
 
 
 def _input_channels(net: nn.Module) -> int:
-    """Channels of an image: what the first convolution reads, less what a space-to-depth stem makes of each."""
+    """Return the number of channels of an image: those of the first convolution, before any space-to-depth stem."""
     folded = math.prod(module.bs**2 for module in net.modules() if isinstance(module, SpaceToDepth))
     for name in _names(net.pretrained_cfg.get("first_conv")):
-        return net.get_submodule(name).in_channels // folded
+        first: Any = net.get_submodule(name)
+        return first.in_channels // folded
     return net.pretrained_cfg.get("input_size", (3,))[0]
 
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return one name, several names or None as a tuple of names."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
@@ -558,6 +632,6 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": TimmWrapperImageProcessor, "pil": TimmWrapperImageProcessor},
     exist_ok=True,
 )
-# Saving copies this file and cifar.py beside the weights, and names them in config.json as remote code.
+# save_pretrained then copies this file and cifar.py beside the weights, and names the classes in config.json.
 CampHiVeTimmConfig.register_for_auto_class("AutoConfig")
 CampHiVeForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,6 +1,7 @@
-"""Carrying out a plan: `mask_state` at full width, `apply_plan` for real. The one place where channels are cut.
+"""Apply a pruning plan: `mask_state` masks channels at full width, `apply_plan` removes them from the network.
 
-The two must compute the same function; `apply_plan` checks that on every network before it returns.
+Both must compute the same function; `apply_plan` checks that on every network before it returns. Channels are sliced in no
+other module.
 """
 
 import copy
@@ -20,15 +21,15 @@ from hf_camphive.network.modes import keeping_modes
 from hf_camphive.network.surgery.implants import implanted_slots, split_off_implants, with_centres
 
 State = dict[str, Tensor]
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative difference of logits
 
 
 def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
-    """The plan at full width: consumers read zero from every removed channel, everything else stays.
+    """Return the weights that apply a plan at full width: consumers ignore removed channels, all else is unchanged.
 
-    W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]; the kernels [kH, kW] that make or read an
-    implanted channel lose all but their centre. Norms whose statistics run over channels take them over the kept ones
-    (`norms`). `state` is `named_tensors(net)`.
+    W[:, c] = 0 for each removed channel c of each consumer W [C_out, C_in, ...]. The kernels [kH, kW] that produce or read
+    an implanted channel keep their centre only. Norms whose statistics run over channels leave the removed ones out
+    (`masked_norms`). `state` is `named_tensors(net)`.
     """
     masked = dict(state)
     for slot, removed in _removed(plan):
@@ -39,7 +40,7 @@ def mask_state(state: Mapping[str, Tensor], plan: PrunePlan) -> State:
 
 
 def mask_slot(masked: State, slot: Slot, removed: list[int]) -> None:
-    """Mask the positions `removed` of one slot, in place: zero what a consumer reads, leave them out of statistics."""
+    """Mask the positions `removed` of one slot, in place: zero a consumer's weights, or leave them out of statistics."""
     if slot.role == "consumer":
         weight = masked[slot.tensor].clone()
         weight.index_fill_(slot.axis, torch.tensor(removed, device=weight.device), 0)
@@ -50,12 +51,15 @@ def mask_slot(masked: State, slot: Slot, removed: list[int]) -> None:
 
 
 def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Cut the removed channels and dropped branches out of a copy of the network; `net` stays as it is.
+    """Return a copy of the network without the removed channels and dropped branches; `net` is not changed.
 
-    `state` holds full-width weights to cut in place of the network's own (what merging made of them); `trace` is the
-    trace of `net` that the plan was made for. Device, dtype, memory format, training mode and requires_grad are kept.
+    `trace` is the trace of `net` for which the plan was made. `state` holds full-width weights to cut instead of the
+    network's own, such as merged ones. Device, dtype, memory format, training mode and requires_grad are kept.
 
-    Raises `PlanError` where the plan does not fit the network, or where the result is not the masked network's function.
+    Raises:
+        PlanError: The plan does not fit the network, an emptied branch is not constant, or the result does not compute the
+            masked network's function.
+        ValueError: A layer cannot have the width that the plan leaves (`resize`).
     """
     state = named_tensors(net) if state is None else state
     _check_fits(state, plan)
@@ -66,11 +70,11 @@ def apply_plan(net: nn.Module, plan: PrunePlan, trace: Trace, state: Mapping[str
     return small
 
 
-# Which positions go
+# Removed positions
 
 
 def _removed(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
-    """Every slot that loses positions, and which."""
+    """Yield each slot that loses positions, and these positions."""
     groups = {group.name: group for group in plan.groups}
     for cut in plan.cuts:
         group = groups[cut.group]
@@ -82,6 +86,11 @@ def _removed(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
 
 
 def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
+    """Check that the state has every tensor axis that the plan's groups refer to.
+
+    Raises:
+        PlanError: A tensor is missing, or too small.
+    """
     for group in plan.groups:
         for slot in group.slots:
             if slot.role == "statistics":
@@ -99,6 +108,10 @@ def _check_fits(state: Mapping[str, Tensor], plan: PrunePlan) -> None:
 
 
 def _shrunk(net: nn.Module, plan: PrunePlan, trace: Trace, state: State, constants: Mapping[str, Tensor]) -> nn.Module:
+    """Return the cut copy of a network.
+
+    `state` holds the masked full-width weights, `constants` the constant [C] that replaces each dropped branch.
+    """
     branches = {branch.module: branch for branch in plan.branches}
     remaining = _remaining(plan, state)
     cut: State = {}
@@ -120,7 +133,11 @@ def _shrunk(net: nn.Module, plan: PrunePlan, trace: Trace, state: State, constan
 
 
 def _remaining(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[tuple[str, int], list[int]]:
-    """Positions that stay along each axis that the plan changes, in their new order: a group's implants come last."""
+    """Return {(tensor, axis): old positions that remain, in their new order} for each axis that the plan changes.
+
+    A group's implants are moved behind its other channels.
+    """
+    # For each axis: {position: the position that takes its place, or None if nothing does}.
     homes: dict[tuple[str, int], dict[int, int | None]] = defaultdict(dict)
     groups = {group.name: group for group in plan.groups}
     for cut in plan.cuts:
@@ -142,9 +159,14 @@ def rebuilt(
     shortcuts: Shortcuts,
     numbers: Mapping[str, Mapping[str, int | list[int]]] | None = None,
 ) -> nn.Module:
-    """A copy of the network whose layers have the widths of these tensors, and hold them.
+    """Return a copy of the network whose layers have the widths of the given tensors, and hold these tensors.
 
-    `shortcuts` names the blocks that are shortcuts in the copy, `numbers` what its modules count otherwise. Raises `PlanError` where the two do not fit.
+    `shortcuts` names the blocks that become shortcuts, with the children that they keep; `numbers` gives new values of
+    module attributes, {module: {attribute: value}}.
+
+    Raises:
+        PlanError: The tensors are not those of the resized network, by name or by shape.
+        ValueError: A layer cannot have the width of its tensor (`resize`).
     """
     copied = copy.deepcopy(net)
     widths = {}
@@ -171,7 +193,7 @@ def rebuilt(
 
 
 def _names_in_graph(net: nn.Module, trace: Trace) -> dict[str, str]:
-    """The name under which the graph knows each tensor of the network; a tensor with several names has one there."""
+    """Return {name of a tensor in the network: its name in the graph}; a shared tensor has only one name in the graph."""
     used = {name for node, name in trace.graph.tensors.items() if node.users}
     names: dict[int, str] = {}
     for name, tensor in named_tensors(net).items():
@@ -181,11 +203,18 @@ def _names_in_graph(net: nn.Module, trace: Trace) -> dict[str, str]:
 
 
 def _changed_numbers(net: nn.Module, trace: Trace, plan: PrunePlan) -> dict[str, dict[str, int | list[int]]]:
-    """Numbers that modules hold and that count channels (num_heads, the widths of a split), after the cut.
+    """Return new values of module attributes that count channels, such as `num_heads` or the sizes of a split.
 
-    Known are the numbers of channels that the operations of each module work with, and what they become; an attribute of
-    that module with the same value is where they come from, or tells of them (then its name says so). `check_groups` and
-    `apply_plan` prove it.
+    The result is {module: {attribute: new value}}. The trace records the numbers of channels that occur in the operations
+    of each module (`Count`), from which their values after the cut follow. An attribute with the same value as such a
+    number is taken to be the same quantity, and gets its new value:
+
+    - a number that is an argument of an operation ("written") applies to every attribute of the module;
+    - the size of a value applies only to attributes that are named like a width (`_NAMES_OF_WIDTHS`), with sizes of the
+      module's inputs preferred if the name starts with "in".
+
+    Numbers with several possible new values are skipped, and so is `num_classes`. These rules are heuristic: `check_groups`
+    and `apply_plan` verify that the cut network computes the masked network's function.
     """
     found: dict[str, dict[str, dict[int, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
     for count in trace.counts:
@@ -204,8 +233,9 @@ def _changed_numbers(net: nn.Module, trace: Trace, plan: PrunePlan) -> dict[str,
             if _NAMES_OF_WIDTHS.search(key):
                 new = sizes | inputs | written if key.startswith("in") else inputs | sizes | written
             if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-                if (after := [new.get(v, v) for v in value]) != list(value):
-                    changed.setdefault(name, {})[key] = after
+                held: list[int] = list(value)
+                if (values := [new.get(v, v) for v in held]) != held:
+                    changed.setdefault(name, {})[key] = values
             elif type(value) is int and new.get(value, value) != value and key != "num_classes":
                 changed.setdefault(name, {})[key] = new[value]
     return changed
@@ -215,6 +245,7 @@ _NAMES_OF_WIDTHS = re.compile("channel|chs|dim|width|features|heads|planes|filte
 
 
 def _is_channels_last(net: nn.Module) -> bool:
+    """Return whether any weight is stored in channels_last."""
     return any(
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
         for tensor in net.parameters()
@@ -222,13 +253,13 @@ def _is_channels_last(net: nn.Module) -> bool:
 
 
 def _vanishes(name: str, branch: Branch) -> bool:
-    """Whether a tensor belongs to a dropped block and to none of the children that remain."""
+    """Return whether a tensor belongs to a dropped block, but to none of the children that remain."""
     stays = tuple(f"{branch.module}.{child}." for child in (*branch.shortcut, *branch.after))
     return name.startswith(branch.module + ".") and not name.startswith(stays)
 
 
 def _cut_constant(constant: Tensor, branch: Branch, plan: PrunePlan) -> Tensor:
-    """The constant [C] of a dropped branch, on the channels of the residual stream that are kept."""
+    """Return the constant [C] of a dropped branch, without the removed channels of the residual stream."""
     for group in plan.groups:
         produced = any(slot.tensor in branch.tensors and slot.axis == 0 for slot in group.slots)
         if produced and group.name not in branch.groups and group.size == len(constant):
@@ -237,7 +268,11 @@ def _cut_constant(constant: Tensor, branch: Branch, plan: PrunePlan) -> Tensor:
 
 
 def _branch_constants(trace: Trace, plan: PrunePlan, masked: State) -> dict[str, Tensor]:
-    """What each dropped branch still adds once nothing inside it is read: one value a channel, [C]."""
+    """Return the constant [C] that each dropped branch adds once all of its interior channels are masked, by module.
+
+    Raises:
+        PlanError: The output of a masked branch differs between positions.
+    """
     if not plan.dropped:
         return {}
     nodes = {node.name: node for node in trace.graph.operations}
@@ -263,7 +298,11 @@ def _branch_constants(trace: Trace, plan: PrunePlan, masked: State) -> dict[str,
 
 
 def _check_same_function(trace: Trace, plan: PrunePlan, masked: State, small: nn.Module) -> None:
-    """Raise unless the cut network computes what the masked one does, on one random image."""
+    """Check on one random image that the cut network computes the same logits as the masked one.
+
+    Raises:
+        PlanError: The relative difference exceeds the tolerance for the dtype.
+    """
     example = next(small.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *trace.input_size, generator=generator).to(example.device, example.dtype)

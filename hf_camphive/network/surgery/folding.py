@@ -1,4 +1,4 @@
-"""A network as it is deployed: BatchNorm, and what dropped blocks left, folded into the convolutions before them."""
+"""Fold a network for deployment: BatchNorm and the constants of dropped blocks, into the convolutions before them."""
 
 import copy
 from collections import Counter
@@ -22,9 +22,13 @@ from hf_camphive.network.modeling.modeling_camphive import Shortcut
 
 
 def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
-    """A copy of the network, in eval mode, with the same outputs for images of `input_size` (C, H, W) by fewer operations.
+    """Return a copy of the network, in eval mode, that computes the same outputs with fewer operations.
 
-    `fold_batchnorm`, then `fold_shortcuts`. For deployment and timing: it can no longer be trained as it was.
+    Applies `fold_batchnorm`, then `fold_shortcuts`, for images of `input_size` (C, H, W). The copy is meant for deployment and
+    timing; it can no longer be trained like the original.
+
+    Raises:
+        ModelError: The network cannot be exported (`export_graph`).
     """
     folded = fold_batchnorm(net, input_size)
     if any(isinstance(module, Shortcut) for module in folded.modules()):
@@ -36,10 +40,11 @@ def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
 
 
 def foldable(graph: TracedProgram) -> dict[fx.Node, fx.Node]:
-    """{batch norm: convolution} of every batch norm that can become part of the convolution whose output it alone reads.
+    """Return {batch norm: convolution} for each batch norm that can be folded into the convolution before it.
 
-    That takes running statistics, and a weight that is a tensor of the network, not worked out from one as in weight
-    standardisation. Layers that run more than once, or whose tensors are read elsewhere too, stay as they are.
+    The batch norm must use running statistics and be the only reader of the convolution's output. The convolution's weight
+    must be a tensor of the network itself, which excludes weight standardisation. Layers that run more than once, or whose
+    tensors are read elsewhere too, are not folded.
     """
     return {
         node: node.args[0]
@@ -55,10 +60,13 @@ def foldable(graph: TracedProgram) -> dict[fx.Node, fx.Node]:
 
 @torch.no_grad()
 def fold_batchnorm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
-    """A copy of the network, in eval mode, with BatchNorm folded into the convolutions before it.
+    """Return a copy of the network, in eval mode, with BatchNorm folded into the convolutions before it.
 
-    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; gamma is 1 and beta 0 where the norm has
-    none. What is not `foldable`, or is no layer of its own, stays as it is.
+    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; gamma is 1 and beta 0 if the norm has no
+    affine parameters. A norm is left unchanged if it is not `foldable`, or if it or its convolution is not a module.
+
+    Raises:
+        ModelError: The network cannot be exported (`export_graph`).
     """
     folded = copy.deepcopy(net).eval()
     graph = export_graph(folded, input_size)
@@ -78,7 +86,7 @@ def fold_batchnorm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Modul
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
-    """What a norm layer does besides: timm's hold their activation."""
+    """Return the layers that a norm holds as children (timm's norms hold their activation), or the identity."""
     rest = [layer for name, layer in norm.named_children() if not isinstance(layer, nn.Identity)]
     return nn.Sequential(*rest) if len(rest) > 1 else rest[0] if rest else nn.Identity()
 
@@ -87,7 +95,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 
 
 class ChannelwiseMaximum(nn.Module):
-    """y = max(x, b) [B, C, H, W], b [C]: what ReLUs with constants between them come to."""
+    """Compute y = max(x, b) for x [B, C, H, W] and b [C]; replaces several ReLUs with constants added between them."""
 
     def __init__(self, floor: Tensor) -> None:
         super().__init__()
@@ -99,9 +107,9 @@ class ChannelwiseMaximum(nn.Module):
 
 @dataclass(frozen=True)
 class FoldTarget:
-    """Where the constant of a dropped block goes: a convolution, and the ReLU that follows (None: none does).
+    """The convolution into which the constant of a dropped block can be folded, and the ReLU after it, if any.
 
-    `gone` are the block's own operations that this saves: its add, and its ReLU.
+    `gone` are the operations of the block that folding removes: its add, and its ReLU if it has one.
     """
 
     conv: fx.Node
@@ -112,27 +120,30 @@ class FoldTarget:
 def shortcut_targets(
     graph: TracedProgram, adds: Mapping[str, tuple[fx.Node, fx.Node]], norms: Mapping[fx.Node, fx.Node]
 ) -> dict[str, FoldTarget]:
-    """{module: host} of dropped blocks whose constant a convolution can take, given as {module: (add, its shortcut)}.
+    """Return {module: fold target} for each dropped block whose constant can be folded into an earlier convolution.
 
-    The shortcut must be the block's very input, nothing else may read what the constant goes into, and only a ReLU may follow
-    the block's add. `norms` are those that will be folded first (`foldable`); any other between keeps a constant out.
+    `adds` is {module: (the block's add, its shortcut value)}. The shortcut must be the block's input itself, no operation
+    outside of the block may read that input, and only a ReLU may follow the block's add. `norms` are the batch norms that will
+    be folded first (`foldable`); any other operation between the convolution and the block prevents folding.
     """
-    hosts, host_of = {}, {}
+    targets: dict[str, FoldTarget] = {}
+    origins: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}  # output of a folded block -> its convolution and ReLU
     for module, (add, value) in adds.items():
         gone = _left_of_block(module, add)
         inside = module in modules_of(value)
         if gone is None or inside or any(module not in modules_of(user) for user in value.users):
             continue
-        found = host_of.get(value) or _host_before(value, norms)
+        found = origins.get(value) or _origin_of(value, norms)
         if found is None or (found[1] is None and len(gone) > 1):
             continue
-        hosts[module] = FoldTarget(*found, gone)
-        host_of[gone[-1]] = found
-    return hosts
+        conv, relu = found
+        targets[module] = FoldTarget(conv, relu, gone)
+        origins[gone[-1]] = found
+    return targets
 
 
 def _left_of_block(module: str, add: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The add of a dropped block and the ReLU after it; None where it does more."""
+    """Return the add of a dropped block and the ReLU after it, if any; None if the block has other operations."""
     after = [user for user in add.users if module in modules_of(user)]
     if not after:
         return (add,)
@@ -142,8 +153,8 @@ def _left_of_block(module: str, add: fx.Node) -> tuple[fx.Node, ...] | None:
     return add, relu
 
 
-def _host_before(value: fx.Node, norms: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node | None] | None:
-    """The convolution that `value` = [relu](convolution [+ other]) comes from, and the ReLU."""
+def _origin_of(value: fx.Node, norms: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node | None] | None:
+    """Return the convolution and the ReLU, if any, of a value relu(convolution [+ other]) or convolution [+ other]."""
     relu = value if operation(value) == "relu" else None
     source = value.args[0] if relu else value
     if relu and len(source.users) > 1:
@@ -157,10 +168,14 @@ def _host_before(value: fx.Node, norms: Mapping[fx.Node, fx.Node]) -> tuple[fx.N
 
 @torch.no_grad()
 def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Fold the constants c of dropped blocks into the convolutions before them, in place, once BatchNorm is folded.
+    """Fold the constants c of dropped blocks into the convolutions before them, in place, after BatchNorm was folded.
 
-    relu(max(u, b) + c) = max(u + c, max(b + c, 0)): with u the convolution's output (and what is added to it) and b = 0 at
-    first, any number of dropped blocks in a row come to a bias and one maximum. A `Shortcut` elsewhere stays as it is.
+    relu(max(u, b) + c) = max(u + c, max(b + c, 0)), where u is the convolution's output plus any value added to it, and b = 0
+    at first. Any number of consecutive dropped blocks therefore reduces to a bias and one maximum. A `Shortcut` whose
+    constant cannot be folded is left unchanged.
+
+    Raises:
+        ModelError: The network cannot be exported (`export_graph`).
     """
     graph = export_graph(net, input_size)
     adds = {
@@ -170,8 +185,8 @@ def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
     }
     runs = Counter(module_of(node) for node in graph.operations)
     floors: dict[str, Tensor] = {}
-    for module, host in shortcut_targets(graph, adds, norms={}).items():
-        conv_name, relu_name = (node and module_of(node) for node in (host.conv, host.relu))
+    for module, target in shortcut_targets(graph, adds, norms={}).items():
+        conv_name, relu_name = (node and module_of(node) for node in (target.conv, target.relu))
         is_plain = isinstance(net.get_submodule(conv_name), nn.Conv2d) and runs[conv_name] == 1
         if not is_plain or (
             relu_name and not (isinstance(net.get_submodule(relu_name), nn.ReLU) and runs[relu_name] == 1)
@@ -181,7 +196,7 @@ def fold_shortcuts(net: nn.Module, input_size: tuple[int, int, int]) -> None:
         conv.bias = nn.Parameter(constant.clone() if conv.bias is None else conv.bias + constant)
         if relu_name:
             floor = floors.get(relu_name, torch.zeros_like(constant)) + constant
-            floors[relu_name] = floor.clamp_min(0) if len(host.gone) > 1 else floor
+            floors[relu_name] = floor.clamp_min(0) if len(target.gone) > 1 else floor
         net.set_submodule(module, nn.Identity())
     for name, floor in floors.items():
         if floor.any():

@@ -1,7 +1,8 @@
-"""Neural implants: some of the victims stay, with 1x1 kernels in place of their kH x kW ones.
+"""Neural implants: keep some channels that would be removed, with 1x1 kernels instead of their kH x kW kernels.
 
-HAP (Yu et al., WACV 2022, arXiv:2101.08940) gives the more sensitive part of what it prunes a 1x1 convolution. Here a
-victim of a channel group becomes 1x1 wherever it is made or read by a larger kernel. Pure: reads and returns weights.
+HAP (Yu et al., WACV 2022, arXiv:2101.08940) replaces the more sensitive of the channels that it prunes by a 1x1 convolution.
+Here an implanted channel gets 1x1 kernels wherever a larger kernel produces or reads it. The functions take weights and
+return new ones; networks are not changed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from hf_camphive.core.plan import PrunePlan, Slot
 
 
 def implanted_slots(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
-    """Where implanted channels are made and read, and at which positions."""
+    """Yield the slots that produce or read implanted channels, with the positions of these channels."""
     for group in plan.groups:
         if channels := plan.implants.get(group.name):
             for slot in group.slots:
@@ -23,8 +24,8 @@ def implanted_slots(plan: PrunePlan) -> Iterable[tuple[Slot, list[int]]]:
 
 
 def with_centres(weight: Tensor, axis: int, positions: list[int]) -> Tensor:
-    """The weight with nothing but the centre of the kernels [kH, kW] at these positions of an axis."""
-    if not _has_kernel(weight.shape):
+    """Return the weight with all but the centre of its kernels [kH, kW] set to zero at these positions of an axis."""
+    if not has_kernel(weight.shape):
         return weight
     index = torch.tensor(positions, device=weight.device)
     kernels = weight.index_select(axis, index)
@@ -35,17 +36,18 @@ def with_centres(weight: Tensor, axis: int, positions: list[int]) -> Tensor:
 
 
 def split_off_implants(state: Mapping[str, Tensor], plan: PrunePlan) -> dict[str, Tensor]:
-    """A cut state in which each convolution's implants, the last of its channels, have weights of their own.
+    """Return a cut state in which each convolution's implanted channels, the last ones, have weights of their own.
 
-    With o + a outputs and i + b inputs, a and b of them implanted, W [o + a, i + b, kH, kW] becomes W [o, i, kH, kW],
-    `reads` [o, b, 1, 1] and `makes` [a, i + b, 1, 1]; what was implanted before comes after what is implanted now.
+    With o + a outputs and i + b inputs, of which the last a and b are implanted, W [o + a, i + b, kH, kW] becomes
+    W [o, i, kH, kW], `reads` [o, b, 1, 1] and `makes` [a, i + b, 1, 1]. Channels implanted by an earlier plan are placed
+    after the new ones.
     """
     state = dict(state)
     counts: dict[str, list[int]] = {}
     for slot, positions in implanted_slots(plan):
         counts.setdefault(slot.tensor, [0, 0])[slot.axis] = len(positions)
     for name, (made, read) in counts.items():
-        if name not in state or not _has_kernel(state[name].shape):
+        if name not in state or not has_kernel(state[name].shape):
             continue
         weight, layer = state[name], name.removesuffix("weight")
         o, i = weight.shape[0] - made, weight.shape[1] - read
@@ -63,9 +65,11 @@ def split_off_implants(state: Mapping[str, Tensor], plan: PrunePlan) -> dict[str
     return state
 
 
-def _has_kernel(shape: Iterable[int]) -> bool:
+def has_kernel(shape: Iterable[int]) -> bool:
+    """Return whether a weight shape is that of a convolution with a kernel larger than 1x1."""
     return len(shape := tuple(shape)) == 4 and prod(shape[2:]) > 1
 
 
 def _joined(axis: int, first: Tensor, second: Tensor | None) -> Tensor:
+    """Concatenate two tensors along an axis; the second may be absent."""
     return first if second is None else torch.cat([first, second], dim=axis)

@@ -1,4 +1,4 @@
-"""Experiments that prove, group by group, that the traced coupling is right before anything is cut."""
+"""Test by experiment, before anything is cut, that the traced coupling of each channel group is right."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -15,18 +15,21 @@ from hf_camphive.network.surgery.cutting import State, apply_plan, mask_slot
 
 
 def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Trace:
-    """Guard every group by two experiments; a group that fails one is frozen with the reason.
+    """Test every group by two experiments; return a trace in which groups that fail are frozen, with the reason.
 
-    Channel r is overwritten by channel k wherever it is produced, then r's column is added to k's wherever it is read, and
-    r is filled with nonsense: the output must not move. (Where norms take their statistics over channels, r is masked
-    instead of merged.) One pass each in float64 on randomised BatchNorm and biases for all groups at once; only on failure is
-    each group tried alone. Then random channels of all groups, and of some, are cut at once: the network's own code must go along.
+    Merging: channel r of a group is overwritten by channel k wherever it is produced; then r's column is added to k's
+    wherever it is read, and r is overwritten with an arbitrary value. The output must not change. In groups over which norms
+    take their statistics, r is masked instead of merged. This runs in float64, with randomised BatchNorm and biases, for
+    all groups at once; each group is tested alone only if that fails.
+
+    Cutting: random channels of all groups, then of a random half of the groups, are cut at once. The network's own code
+    must run and compute the masked network's function; groups for which it does not are found by bisection.
     """
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     graph, state = trace.graph, _randomised(net, generator)
     image = torch.randn(1, *trace.input_size, generator=generator, dtype=torch.float64)
     image = image.to(device := float64_device(next(net.parameters()).device))
-    if device != next(net.parameters()).device:  # a traced graph stays on the device that it was traced on
+    if device != next(net.parameters()).device:  # a traced graph runs only on the device on which it was traced
         graph = export_graph(copy.deepcopy(net).to(device), trace.input_size)
     if not _merge_is_lossless(graph, free, state, image, generator):
         bad = {group.name for group in free if not _merge_is_lossless(graph, [group], state, image, generator)}
@@ -36,18 +39,20 @@ def check_groups(net: nn.Module, trace: Trace, generator: torch.Generator) -> Tr
     free = [group for group in trace.groups if not group.frozen and group.size > 1]
     faults: dict[str, str] = {}
     _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in free}, faults)
-    free = [group for group in free if group.name not in faults]  # now some are cut and others are not
+    free = [group for group in free if group.name not in faults]  # next, some groups are cut and others are not
     some = [group for group in free if torch.rand((), generator=generator) < 0.5]
     _cuttable(net, trace, {}, {group.name: _some_channels(group, generator) for group in some}, faults)
     return _frozen(trace, faults)
 
 
 def _frozen(trace: Trace, reasons: Mapping[str, str]) -> Trace:
+    """Return the trace with the named groups frozen for the given reasons."""
     groups = (replace(g, frozen=reasons[g.name]) if g.name in reasons else g for g in trace.groups)
     return replace(trace, groups=tuple(groups))
 
 
 def _some_channels(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
+    """Return a random, non-empty, proper subset of a group's channels, in ascending order."""
     count = int(torch.randint(1, group.size, (1,), generator=generator))
     return tuple(sorted(torch.randperm(group.size, generator=generator)[:count].tolist()))
 
@@ -56,7 +61,10 @@ Keep = dict[str, tuple[int, ...]]
 
 
 def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict[str, str]) -> Keep:
-    """Those of the cuts `more` that the network's own code goes along with beside the cuts `base`; notes why others not."""
+    """Return the cuts in `more` that still run on top of `base`; record in `faults` why the others fail.
+
+    Cuts are {group: kept channels}. If all cuts at once fail, each half is tried, recursively.
+    """
     if not more:
         return {}
     cuts = tuple(ChannelCut(name, keep) for name, keep in (base | more).items())
@@ -80,7 +88,10 @@ def _cuttable(net: nn.Module, trace: Trace, base: Keep, more: Keep, faults: dict
 
 
 def _randomised(net: nn.Module, generator: torch.Generator) -> State:
-    """A float64 state in which every vector differs from zero, so that no path is silent (zero-initialised norms)."""
+    """Return the network's state in float64 with every vector (gain, bias, statistics) drawn from [0.5, 1.5).
+
+    Vectors that are initialised with zeros, such as the gain of a block's last norm, would hide errors in a branch.
+    """
     state, device = {}, float64_device(next(net.parameters()).device)
     for name, tensor in named_tensors(net).items():
         if tensor.is_floating_point() and tensor.dim() == 1:
@@ -92,6 +103,11 @@ def _randomised(net: nn.Module, generator: torch.Generator) -> State:
 def _merge_is_lossless(
     graph: TracedProgram, groups: list[ChannelGroup], state: State, image: Tensor, generator: torch.Generator
 ) -> bool:
+    """Return whether merging two equal channels of each group leaves the output unchanged, to 1e-8 (`check_groups`).
+
+    Draws one pair of channels (kept, removed) for each group. Groups over which norms take their statistics are masked at
+    the removed channel instead of merged.
+    """
     state = dict(state)
     pairs = {group.name: torch.randperm(group.size, generator=generator)[:2].tolist() for group in groups}
     linear = [group for group in groups if all(slot.role != "statistics" for slot in group.slots)]
@@ -120,6 +136,7 @@ def _merge_is_lossless(
 def _pair_slots(
     groups: list[ChannelGroup], pairs: Mapping[str, list[int]], device: torch.device, *roles: str
 ) -> Iterable[tuple[Slot, Tensor, Tensor]]:
+    """Yield each slot with one of these roles, and the positions of its group's kept and removed channel."""
     for group in groups:
         kept, removed = pairs[group.name]
         for slot in group.slots:

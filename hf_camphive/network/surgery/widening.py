@@ -1,7 +1,7 @@
-"""Widening a network without changing its function, so that training can go on and a second pruning follow.
+"""Widen a network without changing its function, so that it can be trained further and pruned again.
 
-SOSP (arXiv:2110.11395) widens the bottlenecks that a first pruning shows; Net2WiderNet (Chen et al., ICLR 2016,
-arXiv:1511.05641) says how: a channel is split into copies, and whatever reads it reads a share of each.
+SOSP (arXiv:2110.11395) widens the bottlenecks that a first pruning shows. The method is that of Net2WiderNet (Chen et al.,
+ICLR 2016, arXiv:1511.05641): a channel is split into copies, and every layer that reads it reads a share of each copy.
 """
 
 import copy
@@ -28,10 +28,10 @@ _TOLERANCE = 1e-8  # relative, in float64
 
 @dataclass(frozen=True)
 class Widening:
-    """What becomes of a group of `size` channels: new channel i is a copy of channel `sources[i]`.
+    """The widening of a group of `size` channels: new channel i is a copy of channel `sources[i]`.
 
-    Whatever reads the group reads it with `shares[i]` of the old weight; the shares of a channel's copies sum to 1.
-    Copies stand behind their source, so `sources` ascends.
+    Layers that read the group read new channel i with `shares[i]` times the old weight; the shares of one channel's copies
+    sum to 1. The copies of a channel are adjacent, so `sources` ascends.
     """
 
     group: str
@@ -41,7 +41,7 @@ class Widening:
 
     @property
     def originals(self) -> tuple[int, ...]:
-        """The first copy of each channel: pruning all others, merged into these, gives the old network back."""
+        """The first copy of each channel; merging all other copies into these restores the original network."""
         return tuple(i for i, source in enumerate(self.sources) if i == 0 or self.sources[i - 1] != source)
 
 
@@ -61,7 +61,7 @@ class Expansion:
     widenings: tuple[Widening, ...]
 
     def to_json(self) -> str:
-        """The text of `expansion.json`."""
+        """Return the text of `expansion.json`."""
         return FORMAT.write(asdict(self))
 
 
@@ -74,13 +74,18 @@ def expand(
     spread: float = 0.2,
     seed: int = 0,
 ) -> tuple[nn.Module, tuple[Widening, ...]]:
-    """A copy of the network in which each named group (by default all that are not frozen) has `factor` x its channels.
+    """Return a copy of the network in which each named group has `factor` times its channels, and the widenings.
 
-    y = sum_c W[:, c] x_c becomes sum_c sum_i (a_ci W[:, c]) x_c with sum_i a_ci = 1: Net2WiderNet, arXiv:1511.05641.
-    Deviation: there all shares are equal, and noise on the copies, which changes the function, tells them apart; here the
-    shares themselves differ by up to `spread` (relative; 0 keeps copies equal for ever), so that gradients do.
+    By default all groups that are not frozen are widened. y = sum_c W[:, c] x_c becomes sum_c sum_i (a_ci W[:, c]) x_c with
+    sum_i a_ci = 1 (Net2WiderNet, arXiv:1511.05641).
 
-    Raises `PlanError` on groups that are unknown, frozen, or whose copies would move the output.
+    Deviation: Net2WiderNet uses equal shares a_ci, and adds noise to the copies so that training tells them apart, which
+    changes the function. Here the shares differ by up to `spread` (relative), so that the copies' gradients differ while the
+    function is unchanged. With `spread` 0 the copies stay equal during training.
+
+    Raises:
+        PlanError: A group is unknown or frozen, its copies would change the output, the network cannot have these widths,
+            or `factor` or `spread` is out of range.
     """
     chosen = _chosen(trace.groups, groups)
     widenings = draw_widenings(chosen, factor, spread, seed)
@@ -99,21 +104,30 @@ def expand(
 def draw_widenings(
     groups: Sequence[ChannelGroup], factor: float, spread: float = 0.2, seed: int = 0
 ) -> tuple[Widening, ...]:
-    """Which channels are copied, and how their weight is shared out; the same seed draws the same.
+    """Draw the channels to copy in each group, and the shares of the copies; the result depends on `seed` alone.
 
-    A group of C channels grows to round(factor * C), by at least one. Every channel has its turn before one is copied
-    again.
+    A group of C channels grows to round(factor * C), by at least one channel. No channel is copied a second time before
+    every channel has been copied once.
+
+    Raises:
+        PlanError: `factor` is not above 1, or `spread` is not in [0, 1).
     """
     if not factor > 1:
         raise PlanError(f"factor is {factor}; widening needs one above 1, such as 2")
     if not 0 <= spread < 1:
-        raise PlanError(f"spread is {spread}; shares may differ by a part between 0 and 1, such as 0.2")
+        raise PlanError(
+            f"spread is {spread}; shares may differ by a fraction from 0 up to, but not including, 1, such as 0.2"
+        )
     generator = torch.Generator().manual_seed(seed)
     return tuple(_draw(group, factor, spread, generator) for group in groups)
 
 
 def widened(net: nn.Module, groups: Iterable[ChannelGroup], widenings: Iterable[Widening]) -> nn.Module:
-    """A copy of the network with these groups widened; nothing is checked but that the layers fit one another."""
+    """Return a copy of the network with these groups widened, without checking that its function is unchanged.
+
+    Raises:
+        PlanError: The layers of the widened network do not fit one another.
+    """
     named = {group.name: group for group in groups}
     layouts: dict[tuple[str, int], dict[int, tuple[int, list[float]]]] = defaultdict(dict)
     consumed: set[tuple[str, int]] = set()
@@ -137,6 +151,11 @@ def widened(net: nn.Module, groups: Iterable[ChannelGroup], widenings: Iterable[
 
 
 def _chosen(groups: Sequence[ChannelGroup], names: Iterable[str] | None) -> list[ChannelGroup]:
+    """Return the named groups, or all that are not frozen if `names` is None.
+
+    Raises:
+        PlanError: A group is unknown or frozen.
+    """
     known = {group.name: group for group in groups}
     if names is None:
         return [group for group in groups if not group.frozen]
@@ -151,6 +170,7 @@ def _chosen(groups: Sequence[ChannelGroup], names: Iterable[str] | None) -> list
 
 
 def _draw(group: ChannelGroup, factor: float, spread: float, generator: torch.Generator) -> Widening:
+    """Draw the widening of one group (`draw_widenings`)."""
     extra = max(1, round(factor * group.size) - group.size)
     copies = [1 + extra // group.size] * group.size
     for channel in torch.randperm(group.size, generator=generator)[: extra % group.size].tolist():
@@ -165,10 +185,10 @@ def _draw(group: ChannelGroup, factor: float, spread: float, generator: torch.Ge
 
 
 def _blocks(group: ChannelGroup, slot: Slot) -> Iterable[tuple[int, int, int]]:
-    """(channel, first position, length) of each run of positions that is copied as a whole.
+    """Yield (channel, first position, length) for each run of a slot's positions that is copied as a whole.
 
-    A channel that is flattened before it is read owns a run of positions, which stays together; in tied convolution
-    groups it owns one position in each, and each is copied next to itself.
+    A channel that is flattened before it is read has a run of positions, which is copied as a whole. In tied convolution
+    groups a channel has one position in each of them; each position is copied separately, next to itself.
     """
     repeat = len(slot.index) // group.size
     tied = min((len(s.index) // group.size for s in group.slots if s.role != "consumer"), default=1)
@@ -184,7 +204,10 @@ def _blocks(group: ChannelGroup, slot: Slot) -> Iterable[tuple[int, int, int]]:
 
 
 def _split(tensor: Tensor, axis: int, blocks: Mapping[int, tuple[int, list[float]]], scaled: bool) -> Tensor:
-    """The tensor with its blocks repeated along an axis, once a share, and multiplied by the shares if `scaled`."""
+    """Return the tensor with each block repeated along an axis, once for each share, and times the share if `scaled`.
+
+    `blocks` is {first position: (length, shares)}; positions in no block are kept as they are.
+    """
     order: list[int] = []
     scale: list[float] = []
     position = 0
@@ -203,7 +226,7 @@ def _split(tensor: Tensor, axis: int, blocks: Mapping[int, tuple[int, list[float
 
 
 def _same_function(net: nn.Module, wide: nn.Module, input_size: tuple[int, int, int]) -> bool:
-    """Whether two networks agree on a random image, in float64; the weights are those of the wide one's own precision."""
+    """Return whether two networks agree on a random image, in float64, up to the rounding of the weights' own precision."""
     example = next(net.parameters())
     device = float64_device(example.device)
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device).double()

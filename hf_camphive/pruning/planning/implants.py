@@ -11,7 +11,7 @@ from hf_camphive.core.plan import ChannelGroup, PrunePlan
 from hf_camphive.network.analysis import NetworkAnalysis
 from hf_camphive.network.graph.program import operation
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.network.surgery.implants import _has_kernel, implanted_slots
+from hf_camphive.network.surgery.implants import has_kernel, implanted_slots
 
 
 def implantable_groups(trace: Trace) -> frozenset[str]:
@@ -116,7 +116,7 @@ def _kernels(trace: Trace) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
         if name is None:
             continue
         shape = tuple(node.args[1].meta["val"].shape)
-        if _has_kernel(shape):
+        if has_kernel(shape):
             _, padding, dilation, groups = [*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :]]
             same = not isinstance(padding, str) and all(
                 size % 2 and 2 * p == d * (size - 1) for size, p, d in zip(shape[2:], _pair(padding), _pair(dilation))
