@@ -67,7 +67,8 @@ class PruneReport:
     """Settings, measurements and outcome of a run; equal to the report read back from its JSON.
 
     `input_size` is (channels, height, width), `splits` and `rows` are keyed by role (calibration, train, ...), `seconds`
-    by step. `budgets` cover all cycles; latency in them is predicted.
+    by step. `budgets` cover all cycles; latency in them is predicted. `tuning` holds the method's fixed numbers that change
+    results (`pruning.tuning`), empty in reports written before they were recorded.
     """
 
     model_id: str
@@ -90,6 +91,7 @@ class PruneReport:
     finetune: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def pruning_ratios(self) -> tuple[GroupRatio, ...]:
         """Return the pruning ratio of each group that could be cut, lowest first.

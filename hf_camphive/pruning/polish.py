@@ -17,22 +17,26 @@ from torch import Tensor, nn
 
 from hf_camphive.core.runtime import ALONE, Workers, float64_device, to_float64
 from hf_camphive.network.modes import keeping_modes
+from hf_camphive.pruning.tuning import (
+    BETAS,
+    BRIGHTNESS,
+    CONTRAST,
+    DIVERGENCE_LIMIT,
+    LEARNING_RATES,
+    LINE_SHARES,
+    MIX,
+    POLISH_IMAGES,
+    POLISH_PIXELS,
+    POLISH_TEMPERATURE,
+    SHIFT,
+    STATISTICS_SHARES,
+    WARMUP,
+)
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
 from hf_camphive.training.optimization import warmup_cosine
 from hf_camphive.training.precision import Precision, at_least_fp32, autocast, channels_last
 
-LEARNING_RATES = (1e-3, 3e-4)  # the higher wins where much is lost, and ruins what is nearly right
-BETAS = (0.9, 0.99)
-WARMUP = 0.1  # share of the steps
-MAX_IMAGES, MAX_PIXELS = 64, 2**19  # of one step: 10 images of 224x224, which bounds its memory
-LINE_SHARES = (1.0, 0.5, 0.25)  # shares of the way from start to end that are looked at
-STATISTICS_SHARES = (1.0, 0.5)  # shares of the way to recalibrated statistics that are
-TEMPERATURE = 4.0  # of their divergence: at 1 the few images that the dense network is unsure of decide alone
-SHIFT = 8  # images are shifted by up to 1/8 of their side
-MIX = 0.5  # share of another image that is mixed in, at most
-CONTRAST = 0.4  # contrast changes by up to this factor
-BRIGHTNESS = 0.4  # brightness by up to so many standard deviations
 Statistics = list[tuple[Tensor, Tensor]]
 
 
@@ -136,7 +140,7 @@ class _PolishRun:
         optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
         views, steps = _draw(self.own.total, self.own.size, self.options.seed), self.options.steps
         for step in self.workers.track(range(steps), "Polish", "step"):
-            if step == steps // 2 and not self._divergence() <= 2 * self.divergence:
+            if step == steps // 2 and not self._divergence() <= DIVERGENCE_LIMIT * self.divergence:
                 self._go_to(0.0, self.start)
                 return 0.0
             for group in optimizer.param_groups:
@@ -171,11 +175,13 @@ class _PolishRun:
         _sum_gradients(self.parameters, self.workers)
 
     def _divergence(self) -> float:
-        """KL(dense || net) of logits / `TEMPERATURE`, summed over the held out images of all processes."""
+        """KL(dense || net) of logits / `POLISH_TEMPERATURE`, summed over the held out images of all processes."""
         total = torch.zeros(1, dtype=torch.float64, device=float64_device(self.own.images.device))
         with torch.no_grad():
             for images, target in zip(self.held_out, self.targets):
-                given, found = ((to_float64(z) / TEMPERATURE).log_softmax(1) for z in (target, self._logits(images)))
+                given, found = (
+                    (to_float64(z) / POLISH_TEMPERATURE).log_softmax(1) for z in (target, self._logits(images))
+                )
                 total += F.kl_div(found, given, reduction="sum", log_target=True)
         return float(self.workers.sum(total))
 
@@ -237,7 +243,7 @@ def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
     A step that takes the last images of one round takes others from the next, so that it shows none twice.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = min(total, MAX_IMAGES, max(1, MAX_PIXELS // (size[0] * size[1])))
+    count = min(total, POLISH_IMAGES, max(1, POLISH_PIXELS // (size[0] * size[1])))
     most = torch.tensor(size) // SHIFT
     left = torch.empty(0, dtype=torch.long)
     while True:

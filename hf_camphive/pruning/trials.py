@@ -13,12 +13,10 @@ from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.pruning.merging.rules import merge
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.scoring.depth_weighting import best_early_weight
+from hf_camphive.pruning.tuning import HOLDOUT_STRIDE, MIN_HOLDOUT, TRIAL_STRIDE
 from hf_camphive.training.data.calibration import Calibration
 
 logger = logging.getLogger(__name__)
-HOLDOUT_STRIDE = 8  # one calibration image in so many judges trials and the polishing
-TRIAL_STRIDE = 4  # of the other images one in so many is fitted in a trial
-MIN_HOLDOUT = 16  # fewer judging images would leave the choice to luck
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,8 @@ from hf_camphive.pruning.polish import Polished, PolishOptions, polish
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext, SolverCheckpoint
 from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.pruning.scoring.depth_weighting import weighed
-from hf_camphive.pruning.trials import HOLDOUT_STRIDE, Trial
+from hf_camphive.pruning.trials import Trial
+from hf_camphive.pruning.tuning import HOLDOUT_STRIDE
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import recalibrate_batchnorm
 from hf_camphive.training.precision import polish_precision

@@ -28,6 +28,7 @@ from hf_camphive.hub.plots import draw_plots
 from hf_camphive.hub.report import GroupRow, PruneReport, Stage
 from hf_camphive.network.footprint import footprint, measure_latency
 from hf_camphive.network.surgery.folding import fold
+from hf_camphive.pruning import tuning
 from hf_camphive.pruning.planning.budgets import overall_budgets
 from hf_camphive.pruning.scoring.context import Scores
 from hf_camphive.runs.cycle import Batches, PruningCycle
@@ -315,6 +316,7 @@ class CampHiVePruner:
             finetune=self._finetune,
             seconds={step: round(seconds, 3) for step, seconds in self.log.seconds.items()},
             environment=environment(self.accelerator.device, self.accelerator.num_processes),
+            tuning=tuning.as_dict(),
         )
 
     def _latencies(self, nets: Mapping[str, nn.Module]) -> dict[str, dict[int, Latency]]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +143,14 @@ def test_nothing_pruned_has_no_bottlenecks():
 def test_the_standard_error_is_never_none(top1, expected):
     """sqrt(0.8 * 0.2 / 100), and sqrt(0.005 * 0.995 / 100) for half an image of a hundred."""
     assert Accuracy(top1, 1.0, 100, "test").standard_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_report_from_before_its_numbers_were_recorded_loads():
+    text = Path(__file__).parent.parent.joinpath("golden/saved_folder/report.json").read_text(encoding="utf-8")
+    assert "tuning" not in json.loads(text)
+    assert PruneReport.from_json(text).tuning == {}
+
+
+def test_the_numbers_of_the_method_survive_json():
+    found = report(tuning={"MIX": 0.5, "BETAS": [0.9, 0.99]})
+    assert PruneReport.from_json(found.to_json()) == found != report()

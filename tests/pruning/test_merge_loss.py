@@ -10,7 +10,7 @@ from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
 from hf_camphive.pruning.scoring import criteria
-from hf_camphive.pruning.scoring.criteria import SCORE_TEMPERATURE, SCORERS
+from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.pruning.scoring.merge_loss import (
     consumer_products,
     joint_losses,
@@ -19,6 +19,7 @@ from hf_camphive.pruning.scoring.merge_loss import (
     mergeable,
 )
 from hf_camphive.pruning.scoring.sosp import channel_costs
+from hf_camphive.pruning.tuning import SCORE_TEMPERATURE
 
 GROUP, READER = "block1.conv1", "block1.conv2.weight"
 

@@ -13,7 +13,8 @@ from support.toys import ToyResNet, images, randomise
 from support.workers import Summing
 from torch import nn
 
-from hf_camphive.pruning.polish import LINE_SHARES, TEMPERATURE, Polished, PolishOptions, _draw, _moved, polish
+from hf_camphive.pruning.polish import Polished, PolishOptions, _draw, _moved, polish
+from hf_camphive.pruning.tuning import LINE_SHARES, POLISH_TEMPERATURE
 from hf_camphive.training.data.calibration import Calibration
 from hf_camphive.training.evaluation import batchnorms
 
@@ -148,7 +149,7 @@ def test_labels_are_not_read():
 
 def divergence(net: nn.Module, dense: nn.Module, some: Calibration) -> float:
     with torch.no_grad():
-        found, given = ((f(torch.cat(some.images)) / TEMPERATURE).log_softmax(1) for f in (net, dense))
+        found, given = ((f(torch.cat(some.images)) / POLISH_TEMPERATURE).log_softmax(1) for f in (net, dense))
     return float(F.kl_div(found, given, reduction="sum", log_target=True))
 
 

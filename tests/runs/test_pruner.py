@@ -33,6 +33,7 @@ from hf_camphive.hub import saving
 from hf_camphive.hub.loading import load_base
 from hf_camphive.hub.report import REPORT_FILE, PruneReport
 from hf_camphive.network.footprint import count_macs, count_parameters
+from hf_camphive.pruning import tuning
 from hf_camphive.pruning.polish import Polished
 from hf_camphive.pruning.scoring.criteria import SCORERS
 from hf_camphive.runs import cycle, pruner
@@ -66,6 +67,7 @@ def test_the_report_is_true(finetuned):
     report = PruneReport.from_json((folder / REPORT_FILE).read_text())
     assert report == job.report
     assert [stage.name for stage in report.stages] == ["dense", "pruned", "finetuned"]
+    assert report.tuning == tuning.as_dict()
     dense, _, final = report.stages
     net = hf_camphive.from_pretrained(folder).timm_model
     loader, split = digits(net).evaluation

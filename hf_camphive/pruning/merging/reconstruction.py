@@ -21,11 +21,9 @@ from hf_camphive.network.surgery.implants import implanted_slots, with_centres
 from hf_camphive.pruning.merging.lockstep import Fit, Job, LockstepProgram
 from hf_camphive.pruning.merging.ridge import NormalEquations
 from hf_camphive.pruning.merging.task import MergeTask
+from hf_camphive.pruning.tuning import MIN_ROWS, RIDGE_HOLDOUT_STRIDE, ROWS_PER_UNKNOWN, SILENT_SCALE
 
-ROWS_PER_UNKNOWN = 160  # rows of a fit for each of its unknowns, where there are that many
-MIN_ROWS = 100_000
 ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
-HOLDOUT_STRIDE = 4  # every so many batches one is held out of a fit to choose its ridge
 
 
 def reconstruct(task: MergeTask) -> State:
@@ -60,7 +58,7 @@ def reconstruct(task: MergeTask) -> State:
                     held[number] = values
                 generator = torch.Generator().manual_seed((task.seed * 1_000_003 + stop) * 1_000_003 + number)
                 rows, errors = _rows(fit, lockstep, values, pruned, entries.get(fit.weight), images, generator)
-                sums.add(rows, errors, held_out=number % HOLDOUT_STRIDE == HOLDOUT_STRIDE - 1)
+                sums.add(rows, errors, held_out=number % RIDGE_HOLDOUT_STRIDE == RIDGE_HOLDOUT_STRIDE - 1)
             if fits_in_memory:
                 start = stop
             solution = sums.solve(task.ridge, task.workers)
@@ -231,7 +229,7 @@ def _silent(fit: Fit, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor
     for norm in fit.path:
         if operation(norm) == "batch_norm":
             scale = _norm_values(norm, tensors, state)[0].abs()
-            silent |= scale < 1e-4 * scale.median().clamp_min(1e-12)
+            silent |= scale < SILENT_SCALE * scale.median().clamp_min(1e-12)
     return silent
 
 

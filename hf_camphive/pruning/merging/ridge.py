@@ -5,8 +5,8 @@ from torch import Tensor
 
 from hf_camphive.core.errors import ReconstructionError
 from hf_camphive.core.runtime import ALONE, Workers, float64_device
+from hf_camphive.pruning.tuning import RIDGE_FACTORS
 
-RIDGE_FACTORS = (1.0, 30.0, 1000.0)
 LARGEST_RIDGE = 1e6  # a share of the mean diagonal, as all ridges are; rounding is overcome below 1e-6
 
 

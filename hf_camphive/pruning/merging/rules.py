@@ -21,6 +21,7 @@ from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.cutting import State, mask_state
 from hf_camphive.pruning.merging.reconstruction import constant_carrier, reconstruct
 from hf_camphive.pruning.merging.task import MergeTask
+from hf_camphive.pruning.tuning import CYCLIC_COEFFICIENT
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def cyclic(cut: ConsumerCut) -> Mixture:
     """a_s ~ 0.5 a_t for the cyclic pair (s, t): CAMP-HiVe's merge (arXiv:2511.06265), on channels, not single weights."""
     rows, constant = none(cut)
     for s, t in cut.pairs:
-        rows[s, t] = 0.5
+        rows[s, t] = CYCLIC_COEFFICIENT
     return rows, constant
 
 

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from hf_camphive.core.runtime import to_float64
 from hf_camphive.pruning.scoring.context import ScoringContext
 from hf_camphive.pruning.scoring.weight_space import dominant_eigenvector
+from hf_camphive.pruning.tuning import CYCLIC_COEFFICIENT
 
-COEFFICIENTS = {"cyclic": 0.5, "none": 0.0}  # of a zeroed weight in the one that takes it up, by merge rule
+COEFFICIENTS = {
+    "cyclic": CYCLIC_COEFFICIENT,
+    "none": 0.0,
+}  # of a zeroed weight in the one that takes it up, by merge rule
 
 
 def zero_weights(context: ScoringContext) -> dict[str, Tensor]:

@@ -29,14 +29,16 @@ from hf_camphive.pruning.scoring.merge_loss import (
 )
 from hf_camphive.pruning.scoring.sosp import channel_costs, sosp_h, sosp_i
 from hf_camphive.pruning.scoring.weight_space import hap, hive_paper
+from hf_camphive.pruning.tuning import (
+    MAX_ELEMENTS_OF_GATES,
+    MAX_ELEMENTS_PER_GROUP,
+    MAX_ELEMENTS_TOGETHER,
+    MIN_SUMS,
+    SCORE_TEMPERATURE,
+)
 
 logger = logging.getLogger(__name__)
-SCORE_TEMPERATURE = 4.0
-MAX_PIXELS = 2**19  # of images whose gradients are taken at once
-# Products are summed over images, random signs and all, so that a group holds so many numbers (but sums so many at least),
-# all groups that are looked at together so many, and all gate gradients so many.
-MAX_ELEMENTS_PER_GROUP, MIN_SUMS = 2**23, 32
-MAX_ELEMENTS_TOGETHER, MAX_ELEMENTS_OF_GATES = 2**28, 2**25
+MAX_PIXELS = 2**19  # of the images whose gradients are computed in one pass, which bounds memory
 EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
 
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from hf_camphive.core.plan import ChannelGroup
-
-EARLY_WEIGHTS = (1 / 4, 1 / 16)
-MIN_IMPROVEMENT = 0.9  # what a trial must bring the loss down to: less may be luck of the few images that judge
+from hf_camphive.pruning.tuning import EARLY_WEIGHTS, MIN_IMPROVEMENT
 
 
 def weighed(scores: Mapping[str, Tensor], groups: Sequence[ChannelGroup], early_weight: float) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ from hf_camphive.core.runtime import to_float64
 from hf_camphive.curvature.gates import GatedNetwork
 from hf_camphive.network.graph.program import compute, operation
 from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.pruning.tuning import REMOVAL_STRIDE, SCORE_RIDGE
 
-RIDGE = 1e-3
-ROUND = 64  # one in so many of the channels that are left goes in a round
 Product = tuple[Tensor, Tensor]
 
 
@@ -67,7 +66,7 @@ def consumer_products(
             yield name, g[:, index] @ some.mT, flat @ flat.mT
 
 
-def merge_losses(products: Tensor, second: Tensor, ridge: float = RIDGE) -> Tensor:
+def merge_losses(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) -> Tensor:
     """Scores [C]: the loss of merging each channel away, when its turn comes in a greedy descent (`merge_moves`).
 
     A channel never scores less than those that went before it.
@@ -78,7 +77,7 @@ def merge_losses(products: Tensor, second: Tensor, ridge: float = RIDGE) -> Tens
     return scores
 
 
-def merge_moves(products: Tensor, second: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+def merge_moves(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) -> tuple[Tensor, Tensor]:
     """(order [C], moves [C, N]): the channels in the order of a greedy descent, and how far each, at its turn, moves z_n^T logits_n.
 
     move_sn = M_nss - sum_t b_st M_nst - b_s1 M_ns1 over channels t that are left, with b the ridge regression of a_s on
@@ -97,7 +96,7 @@ def merge_moves(products: Tensor, second: Tensor, ridge: float = RIDGE) -> tuple
     while len(left):
         coefficients = precision[:-1] / precision.diagonal()[:-1, None]  # 1 at s, -b_st elsewhere
         moved = to_float64(torch.einsum("nst,st->ns", products, coefficients.to(products)))
-        going = moved.square().sum(0).cpu().argsort(stable=True)[: -(-len(left) // ROUND)]
+        going = moved.square().sum(0).cpu().argsort(stable=True)[: -(-len(left) // REMOVAL_STRIDE)]
         moves[left[going]] = moved.cpu()[:, going].T
         order.append(left[going])
         stay = torch.ones(len(left), dtype=torch.bool)

@@ -29,11 +29,9 @@ from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.costs import CostTerm, axis_widths, stream_width
 from hf_camphive.pruning.planning.latency.operations import Operation, network_operations
 from hf_camphive.pruning.planning.latency.timing import LatencyTable, Prepare
+from hf_camphive.pruning.tuning import ALIGNED, MAX_GRID_POINTS, RANK_TOLERANCE
 
 logger = logging.getLogger(__name__)
-ALIGNED = 8
-MAX_GRID_POINTS = {1: 16, 2: 8}  # of the grid along each axis, by number of axes
-RANK_TOLERANCE = 0.02  # singular values below this share of the largest count as zero
 
 
 # The grid
