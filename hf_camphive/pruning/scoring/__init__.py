@@ -1,4 +1,4 @@
-"""Scores of channels: one function per criterion, and what they may look at.
+"""Scores of channels: one function per criterion, and the inputs that all of them share.
 
-`context.py` holds what a criterion is given, `criteria.py` the table of criteria.
+`context.py` defines the argument of a criterion, `criteria.py` the table of criteria.
 """

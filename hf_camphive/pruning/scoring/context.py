@@ -1,4 +1,4 @@
-"""What a criterion may look at: the network, its calibration images, and the gradients and products they give."""
+"""The argument of a criterion: the network, its calibration images, and gradients computed from both."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ScoringContext:
-    """The analysed network with its weights, this process's calibration images, and the settings of the run.
+    """Hold what criteria compute from: the analysed network, this process's calibration images, and the run's settings.
 
-    `workers` sum over processes. An iteration keeps its state in `checkpoint`, and starts from what is there.
+    `workers` sums over processes. Iterative solvers save their state in `checkpoint` and resume from it.
     """
 
     analysis: NetworkAnalysis
@@ -35,22 +35,22 @@ class ScoringContext:
 
     @property
     def trace(self) -> Trace:
-        """The traced network: its operations and channel groups."""
+        """Return the traced network: its operations and channel groups."""
         return self.analysis.trace
 
     @cached_property
     def network(self) -> GatedNetwork:
-        """The network as a function of its channel gates."""
+        """Return the network as a function of its channel gates, built once."""
         return GatedNetwork(self.trace, self.analysis.state)
 
     @property
     def gates(self) -> GateSpace:
-        """Which gate belongs to which channel."""
+        """Return the layout of the gates: which of the S gates belongs to which channel."""
         return self.network.gates
 
     @property
     def total(self) -> int:
-        """Number of calibration images over all processes."""
+        """Return the number of calibration images over all processes."""
         return self.calibration.total
 
     def weight(self, name: str) -> Tensor:
@@ -58,29 +58,33 @@ class ScoringContext:
         return self.analysis.state[name].detach().cpu().double()
 
     def batches(self, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images [N, C, H, W], labels [N], numbers among all processes' images [N]), with a progress bar."""
+        """Yield this process's batches, with a progress bar: images [N, C, H, W], labels [N], indices [N].
+
+        Indices count the images of all processes together.
+        """
         calibration = self.calibration
         batches = list(zip(calibration.images, calibration.labels, calibration.indices))
         return self.workers.track(batches, description, "batch")
 
     def label_gradients(self, description: str) -> Iterator[Tensor]:
-        """Yield gate gradients [N, S] of each image's own cross-entropy at its true label, in float64, batch by batch."""
+        """Yield, batch by batch, the gate gradients [N, S] of each image's cross-entropy at its true label, in float64."""
         for images, labels, _ in self.batches(description):
             yield to_float64(self.network.gradients(images, partial(label_cotangent, labels=labels)))
 
     def signs(self) -> Tensor:
-        """Draw random signs for each class of each calibration image of all processes, [N, K].
+        """Draw a random sign for each class of each calibration image of all processes, [N, K], from the config's seed.
 
-        They belong to an image's number, so that they do not depend on how images are spread over processes.
+        Row n belongs to the image of index n, so that signs do not depend on how images are distributed over processes.
         """
         classes = self.trace.graph.logits.meta["val"].shape[-1]
         generator = torch.Generator().manual_seed(self.config.seed)
         return torch.randint(0, 2, (self.total, classes), generator=generator) * 2 - 1
 
     def model_gradients(self, description: str) -> Iterator[Tensor]:
-        """Yield gate gradients g_n = J_n^T z_n [N, S] in float64 with E[z z^T] = diag(p) - p p^T, batch by batch.
+        """Yield, batch by batch, label-free gate gradients g_n = J_n^T z_n [N, S] in float64.
 
-        mean_n g_n g_n^T is the Gauss-Newton matrix in expectation (`curvature_cotangent`).
+        J_n is the Jacobian of image n's logits in the gates and z_n a random vector with E[z z^T] = diag(p) - p p^T
+        (`curvature_cotangent`), so that mean_n g_n g_n^T is the Gauss-Newton matrix in expectation.
         """
         signs = self.signs()
         for images, _, indices in self.batches(description):
@@ -88,7 +92,7 @@ class ScoringContext:
             yield to_float64(self.network.gradients(images, cotangent))
 
     def curvature_batches(self) -> tuple[list[Batch], int]:
-        """Return this process's share of the first `curvature_images` images and labels, and their number over all processes."""
+        """Return this process's share of `curvature_images` images with their labels, and their number over all processes."""
         calibration = self.calibration
         held = sum(map(len, calibration.images))
         left = min(held, round(self.config.curvature_images / max(self.total, 1) * held))

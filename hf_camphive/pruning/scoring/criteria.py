@@ -1,8 +1,11 @@
 """Importance of each channel: one pure function per criterion, and the table `SCORERS` of them by name.
 
-Scores are {group: [C]}, larger is more important. Those of `fisher`, `hive`, `taylor`, `hap`, `sosp-h` and `sosp-i` are
-in units of the loss, so that they compare across groups. Adding a criterion takes a function, its entry in `SCORERS`
-and its row in `core/methods.py`; `register_criterion` adds both from outside the package.
+A criterion maps a `ScoringContext` to scores {group: [C]} in float64, larger for channels that are more important.
+Scores of `merge-aware`, `merge-joint`, `fisher`, `hive`, `taylor`, `hap`, `sosp-h` and `sosp-i` are estimates of a loss,
+so that they compare across groups.
+
+To add a criterion inside the package, write its function here, enter it in `SCORERS` under its name, and add the row of
+that name to `CRITERIA` in `core/methods.py`. From outside the package, one call of `register_criterion` does both.
 """
 
 import logging
@@ -11,12 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hf_camphive.core import methods
 from hf_camphive.core.runtime import to_float64
 from hf_camphive.curvature.cotangents import curvature_cotangent
-from hf_camphive.curvature.eigensolvers import SolverOptions, lanczos, power_iteration
+from hf_camphive.curvature.eigensolvers import Eigenpairs, SolverOptions, lanczos, power_iteration
 from hf_camphive.curvature.operators import Curvature, factored_curvature, gate_curvature
 from hf_camphive.network.graph.program import operation
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext
@@ -39,15 +42,18 @@ from hf_camphive.pruning.tuning import (
 
 logger = logging.getLogger(__name__)
 MAX_PIXELS = 2**19  # of the images whose gradients are computed in one pass, which bounds memory
-EIGENSOLVERS = {"lanczos": lanczos, "power": power_iteration}
+EIGENSOLVERS: dict[str, Callable[..., Eigenpairs]] = {"lanczos": lanczos, "power": power_iteration}
 
 
 def fisher(context: ScoringContext) -> Scores:
-    """1/2 mean_n g_nc^2, g_n = J_n^T z_n a gate gradient with E[z z^T] = diag(p) - p p^T: half the true Fisher's diagonal.
+    """Score channels by half the diagonal of the Fisher information of their gates.
 
-    Group Fisher (Liu et al., ICML 2021). Deviation: their gradients are those at the training labels, which vanish in an
-    overfitted network; ours have the covariance of gradients at labels drawn from the network itself, with less variance
-    (`curvature_cotangent`).
+        score_c = 1/2 mean_n g_nc^2,   g_n = J_n^T z_n,   E[z_n z_n^T] = diag(p_n) - p_n p_n^T
+
+    Group Fisher (Liu et al., ICML 2021).
+
+    Deviation: the paper's gradients are taken at the training labels, where they vanish in an overfitted network; these
+    have the covariance of gradients at labels drawn from the network, with less variance (`curvature_cotangent`).
     """
     gates = context.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
@@ -57,12 +63,18 @@ def fisher(context: ScoringContext) -> Scores:
 
 
 def merge_aware(context: ScoringContext) -> Scores:
-    """1/2 mean_n (z_n^T J_n d)^2, d what a channel's best prediction from those that stay leaves of it (`merge_losses`).
+    """Score channels by the loss of replacing each by its best linear prediction from the channels that remain.
 
-    The idea of 1/2 d^T H d with d the change that the merge makes, H the Gauss-Newton matrix, as in `fisher`. Deviation: the
-    logits are divided by a temperature, since on images that an overfitted network is sure of, curvature all but vanishes.
-    A group whose consumers do not read its channels one by one is judged by plain removal. All merge rules are judged by
-    least squares: the change that each makes itself ranks channels worse (docs/ablation.md).
+        score_s = 1/2 mean_n (z_n^T J_n d_s)^2,   d_s = a_s - sum_t b_st a_t - b_s1
+
+    d_s is the residual of the ridge regression of activation a_s on the remaining channels t (`merge_losses`), J_n d_s
+    the first-order change of image n's logits, and z_n as in `fisher`: the score is 1/2 d^T H d with the Gauss-Newton
+    matrix H, estimated with one random vector per image. p_n is the softmax of the logits divided by
+    `SCORE_TEMPERATURE`, since curvature nearly vanishes on images of which an overfitted network is sure.
+
+    A group whose consumers read a channel at several positions (`mergeable`) is scored by plain removal, d_s = a_s. The
+    residual of least squares is used with every merge rule: scoring the change that a rule itself makes ranks channels
+    worse (docs/ablation.md, "Scoring the merge that is really made").
     """
     names = mergeable(context.network)
     products, seconds, removal = _merge_sums(context, names, "Score (merge-aware)")
@@ -74,10 +86,14 @@ def merge_aware(context: ScoringContext) -> Scores:
 
 
 def merge_joint(context: ScoringContext) -> Scores:
-    """`merge_aware` by least squares, with the terms between layers: 1/2 mean_n (z_n^T J_n sum_s d_s)^2 (`joint_losses`).
+    """Score channels by the loss that replacing each adds to the error of all channels replaced before it, in any layer.
 
-    SOSP's greedy choice (arXiv:2110.11395, SOSP-I), of merges in place of removals. A channel's cost is the MACs that it
-    takes with it at full width where plans are made by score per cost. Groups outside of the run's scope take no part.
+        loss(M) = 1/2 mean_n (z_n^T J_n sum_{s in M} d_s)^2
+
+    with d_s and z_n as in `merge_aware`. Channels join the set M greedily, by added loss per cost, and score what they
+    add (`joint_losses`): the greedy choice of SOSP-I (arXiv:2110.11395) for merges in place of removals. The cost of a
+    channel is its MACs at full width if plans are made by score per cost, else 1 (`channel_costs`). Groups outside the
+    run's scope do not join, and score the loss of replacing their channels alone.
     """
     gates = context.gates
     names = mergeable(context.network)
@@ -99,10 +115,19 @@ def merge_joint(context: ScoringContext) -> Scores:
 def _merge_sums(
     context: ScoringContext, names: frozenset[str], description: str, together: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """M and S of these groups (`consumer_products`), this process's share, and the gate gradients [R, S] of all processes.
+    """Accumulate, over the calibration images, the products that merge losses need.
 
-    All are sums of images n with the same n mod R. R is as large as memory allows for each group, and the same for those that
-    are looked at `together` and for the gate gradients; R = 0 for these where no group needs them.
+    Returns, with R the number of sums and C the channels of a group,
+
+        products  {group: M [R, C, C + 1]}     of `consumer_products`, for the groups `names`; this process's share
+        seconds   {group: S [C + 1, C + 1]}    of `consumer_products`, for the same groups; this process's share
+        removal   [R, S]                       gate gradients of all groups, summed over all processes
+
+    Entry r sums the images whose index is r modulo R. With one image per sum nothing is lost; beyond that the random
+    signs of different images leave the expectation as it is and add variance. R is at most the number of images, and
+    for each group as large as `MAX_ELEMENTS_PER_GROUP` allows, but at least `MIN_SUMS`. Groups that are scored
+    `together` share one R with `removal`, limited by `MAX_ELEMENTS_TOGETHER` and `MAX_ELEMENTS_OF_GATES`, so that their
+    rows can be added. `removal` has no rows if every group is in `names`.
     """
     gates, signs = context.gates, context.signs()
     sizes = {name: where.stop - where.start for name, where in gates.slices.items() if name in names}
@@ -137,7 +162,12 @@ def _merge_sums(
 
 
 def taylor(context: ScoringContext) -> Scores:
-    """mean_n |g_nc|, g_nc the gate gradient of image n at its true label (Molchanov et al., ICLR 2017)."""
+    """Score channels by the mean size of the first-order change of the loss when their gate closes.
+
+        score_c = mean_n |g_nc|
+
+    g_n is the gate gradient of image n at its true label (Molchanov et al., ICLR 2017).
+    """
     gates = context.gates
     total = torch.zeros(gates.size, dtype=torch.float64)
     for gradients in context.label_gradients("Score (taylor)"):
@@ -146,12 +176,16 @@ def taylor(context: ScoringContext) -> Scores:
 
 
 def hive(context: ScoringContext) -> Scores:
-    """1/2 sum_k lambda_k u_kc^2 over the top eigenpairs of the gate-space curvature matrix.
+    """Score channels by the curvature at their gates along the top eigenvectors of the gate-space matrix.
 
-    CAMP-HiVe (arXiv:2511.06265): curvature from Hessian-vector products and power iteration. Deviation: the paper takes
-    |v_i| of the dominant eigenvector in weight space; the loss of removing channel c is, to second order along the top
-    eigenvectors, the quadratic form above. With all eigenpairs of the Gauss-Newton matrix it is `fisher` without its
-    random signs.
+        score_c = 1/2 sum_k lambda_k u_kc^2
+
+    over the `num_eigenpairs` top eigenpairs (lambda_k, u_k) of the matrix that `curvature` names. After CAMP-HiVe
+    (arXiv:2511.06265), which finds curvature with Hessian-vector products and power iteration. With all eigenpairs of
+    the Gauss-Newton matrix this is `fisher` without its random signs.
+
+    Deviation: the paper takes |v_i| of the dominant eigenvector in weight space; the sum above is the loss of removing
+    channel c to second order, restricted to the top eigenvectors.
     """
     config, gates = context.config, context.gates
     matrix = _gauss_newton(context) if config.curvature == "gauss-newton" else _hessian(context)
@@ -175,12 +209,13 @@ def hive(context: ScoringContext) -> Scores:
 
 
 def _hessian(context: ScoringContext) -> Curvature:
+    """Return the Hessian of the loss in the gates, applied by automatic differentiation."""
     batches, total = context.curvature_batches()
     return gate_curvature(context.network, batches, total=total, workers=context.workers)
 
 
 def _gauss_newton(context: ScoringContext) -> Curvature:
-    """The Gauss-Newton matrix by its factor: a few backward passes, and eigenpairs for nothing."""
+    """Return the gates' Gauss-Newton matrix as the product of its factor, which takes `curvature_passes` backward passes."""
     batches, total = context.curvature_batches()
     signs, passes = context.signs(), context.config.curvature_passes
     rows = []
@@ -193,7 +228,12 @@ def _gauss_newton(context: ScoringContext) -> Curvature:
 
 
 def magnitude(context: ScoringContext) -> Scores:
-    """||theta_c||^2 of the consumer slices, over its mean in the group (sizes of different groups do not compare)."""
+    """Score channels by the squared norm of the weights that read them, relative to the mean of their group.
+
+        score_c = ||theta_c||^2 / mean_c' ||theta_c'||^2
+
+    The mean makes groups comparable, whose weights differ in number and scale.
+    """
     gates = context.gates
     total = torch.zeros(gates.size + 1, dtype=torch.float64)
     for name, index in gates.inputs.items():
@@ -202,13 +242,15 @@ def magnitude(context: ScoringContext) -> Scores:
 
 
 def bn_scale(context: ScoringContext) -> Scores:
-    """|gamma_c| of the channel's BatchNorm, the mean over those of its group (Network Slimming, Liu et al., ICCV 2017).
+    """Score channels by |gamma_c| of their BatchNorm, averaged over the norms of their group.
 
-    Deviation: the paper trains with an L1 penalty on gamma first; here the network is taken as it is. A group without a
-    BatchNorm scores 1, the gain of a channel that nothing scales.
+    Network Slimming (Liu et al., ICCV 2017). Channels without a BatchNorm score 1, the gain of a channel that nothing
+    scales.
+
+    Deviation: the paper first trains with an L1 penalty on gamma; here the network is taken as it is.
     """
     norms = {node.args[1] for node in context.trace.graph.operations if operation(node) == "batch_norm"}
-    gains = {context.trace.graph.tensors[weight] for weight in norms if weight is not None}
+    gains = {context.trace.graph.tensors[weight] for weight in norms if isinstance(weight, fx.Node)}
     scores = {}
     for group in context.trace.groups:
         if not group.frozen:
@@ -222,13 +264,15 @@ def bn_scale(context: ScoringContext) -> Scores:
 
 
 def random(context: ScoringContext) -> Scores:
-    """Uniform numbers from the seed: the floor under every comparison."""
+    """Score channels by uniform random numbers from the config's seed, as a baseline for other criteria."""
     gates = context.gates
     generator = torch.Generator().manual_seed(context.config.seed)
     return gates.split(torch.rand(gates.size, generator=generator, dtype=torch.float64))
 
 
 Criterion = Callable[[ScoringContext], Scores]
+"""A criterion: from a context to scores {group: [C]} for every group that is not frozen."""
+
 SCORERS: dict[str, Criterion] = {
     "merge-aware": merge_aware,
     "merge-joint": merge_joint,
@@ -247,6 +291,10 @@ SCORERS: dict[str, Criterion] = {
 
 def register_criterion(name: str, function: Criterion, *, wording: str, **needs: Any) -> None:
     """Add a criterion from outside the package; `criterion=name` and `--criterion name` then choose it.
+
+        >>> def first(context):
+        ...     return {g.name: -torch.arange(g.size).double() for g in context.trace.groups if not g.frozen}
+        >>> register_criterion("first", first, wording="their position", reads_images=False)
 
     `function` maps a `ScoringContext` to scores {group: [C]}, one per channel of every group that is not frozen, larger
     for channels that are more important. `wording` ends the model card's sentence "Channels were ranked by ...";

@@ -1,7 +1,8 @@
-"""How much a loss counts by depth, since later layers repair part of what early ones get wrong.
+"""Weights of scores by depth, which account for the errors that reconstruction repairs in later layers.
 
-Scores judge a merge by what it does to the network as it is. Reconstruction then fits every later layer to the dense
-network's values, and takes part of an early error away again. How much of it depends on the network, and is found by trial.
+A score estimates the effect of a merge on the network as it is. Reconstruction then refits every later layer to the
+dense network's values, which removes part of an error made early. How large that part is differs between networks, so
+the weight is chosen by trial merges.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,19 @@ from hf_camphive.pruning.tuning import EARLY_WEIGHTS, MIN_IMPROVEMENT
 
 
 def weighed(scores: Mapping[str, Tensor], groups: Sequence[ChannelGroup], early_weight: float) -> dict[str, Tensor]:
-    """score * early_weight^(1 - d), where d goes from 0 for the first group to 1 for the last; scores are [C] each."""
+    """Multiply each group's scores [C] by early_weight^(1 - d), d from 0 for the first of `groups` to 1 for the last."""
     last = max(len(groups) - 1, 1)
     depths = {group.name: place / last for place, group in enumerate(groups)}
     return {name: values * early_weight ** (1 - depths[name]) for name, values in scores.items()}
 
 
 def best_early_weight(loss: Callable[[float], float]) -> float:
-    """The weight of the first group's scores: 1, and a quarter of it as long as that lowers the loss by a tenth."""
+    """Return the weight of the first group's scores, relative to the last group's, that trial merges choose.
+
+    `loss(weight)` is the loss of a trial merge planned with that weight. Starting from 1, each weight of
+    `EARLY_WEIGHTS` (1/4, then 1/16) is taken if its loss is at most `MIN_IMPROVEMENT` (0.9) times the least loss so
+    far; the search stops at the first that is not, or whose loss is NaN.
+    """
     best, least = 1.0, loss(1.0)
     for weight in EARLY_WEIGHTS:
         found = loss(weight)

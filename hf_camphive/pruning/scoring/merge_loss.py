@@ -1,13 +1,15 @@
-"""The loss of a merge: what it costs to replace a channel by its best prediction from those that stay.
+"""The loss of a merge: the cost of replacing a channel by its best linear prediction from the remaining channels.
 
-A removal is judged by a_s -> 0, but merging puts a_s -> sum_t b_st a_t in its place. To first order that moves the logits
-of image n by J_n d with d the merge's residual, so that a channel that the others explain costs little however much is
-made of it. Pure functions on the products of gradients and activations where consumers read them.
+Plain removal replaces the activation a_s of a channel by 0. Merging replaces it by sum_t b_st a_t + b_s1, so only the
+residual d_s = a_s - sum_t b_st a_t - b_s1 is lost. To first order it changes the logits of image n by J_n d_s: a channel
+that the others predict well costs little, even if the network depends on it. All functions here are pure; they compute
+from products of gradients and activations at the inputs of the channels' consumers.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from math import inf, nextafter
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +24,11 @@ Product = tuple[Tensor, Tensor]
 
 
 def mergeable(network: GatedNetwork) -> frozenset[str]:
-    """Groups whose channels are read one by one, by layers that are used once and are not grouped."""
+    """Return the names of the groups whose merges can be scored.
+
+    Each consumer of such a group reads one input position per channel (no flattened maps), runs once in a forward pass,
+    and has no convolution groups.
+    """
     trace, gates = network.trace, network.gates
     uses = Counter(_weight(trace, node) for node in trace.graph.operations)
     grouped = {
@@ -45,13 +51,18 @@ def mergeable(network: GatedNetwork) -> frozenset[str]:
 def consumer_products(
     network: GatedNetwork, names: frozenset[str], images: Tensor, cotangent: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(group, M [N, C, C + 1], S [C + 1, C + 1]) of each of these groups, one for each of its consumers.
+    """Yield (group, M [N, C, C + 1], S [C + 1, C + 1]) for each consumer of each group in `names`.
 
-    M_nst = sum over positions of g_s a_t and S_st = sum over images and positions of a_s a_t, where a are the channels as
-    the consumer reads them, the last one a constant 1, and g = dL/da for the cotangent dL/dlogits of each image.
+    With a the group's channels as the consumer reads them, followed by a constant 1, and g = J^T z their gradients for
+    the cotangent z of each image's logits:
+
+        M_nst = sum over positions of g_s a_t           (image n)
+        S_st  = sum over images and positions of a_s a_t
     """
     trace = network.trace
-    slots = {slot.tensor: [] for group in trace.groups if group.name in names for slot in group.consumers()}
+    slots: dict[str, list[tuple[str, Tensor]]] = {
+        slot.tensor: [] for group in trace.groups if group.name in names for slot in group.consumers()
+    }
     for group in trace.groups:
         for slot in group.consumers() if group.name in names else ():
             slots[slot.tensor].append((group.name, torch.tensor(slot.index, device=images.device)))
@@ -67,9 +78,10 @@ def consumer_products(
 
 
 def merge_losses(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) -> Tensor:
-    """Scores [C]: the loss of merging each channel away, when its turn comes in a greedy descent (`merge_moves`).
+    """Return the loss of merging each channel into those that remain at its turn in a greedy order, [C] in float64.
 
-    A channel never scores less than those that went before it.
+    score_s = 1/2 sum_n move_sn^2 with the order and moves of `merge_moves`, replaced by its running maximum along the
+    order, so that sorting by score gives the greedy order back.
     """
     order, moves = merge_moves(products, second, ridge)
     scores = torch.zeros(len(order), dtype=torch.float64)
@@ -78,12 +90,20 @@ def merge_losses(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) -
 
 
 def merge_moves(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) -> tuple[Tensor, Tensor]:
-    """(order [C], moves [C, N]): the channels in the order of a greedy descent, and how far each, at its turn, moves z_n^T logits_n.
+    """Merge channels one after another, cheapest first, and return their order [C] and the moves of the logits [C, N].
 
-    move_sn = M_nss - sum_t b_st M_nst - b_s1 M_ns1 over channels t that are left, with b the ridge regression of a_s on
-    them and a constant; the channels with the least 1/2 sum_n move_sn^2 go first, a 64th of those left at a time. What reads
-    them then reads their predictions, g_t += b_st g_s.
-    `products` is M [N, C, C + 1] (divided by the square root of the number of images), `second` is S [C + 1, C + 1].
+    The move of channel s is the first-order change of z_n^T logits_n when its best prediction from the channels t that
+    remain at its turn replaces it:
+
+        move_sn = M_nss - sum_t b_st M_nst - b_s1 M_ns1
+
+    with b the ridge regression of a_s on the a_t and a constant (`ridge` is relative to the mean squared activation; the
+    constant is not damped). Each round removes the 1 / `REMOVAL_STRIDE` of the remaining channels with the least
+    1/2 sum_n move_sn^2. Consumers then read the predictions, so the gradients of the remaining channels become
+    g_t + b_st g_s in all later rounds.
+
+    `products` is M [N, C, C + 1] divided by the square root of the number of images, `second` is S [C + 1, C + 1]
+    (`consumer_products`).
     """
     count = products.shape[1]
     moves, order = torch.zeros(count, len(products), dtype=torch.float64), []
@@ -94,7 +114,7 @@ def merge_moves(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) ->
     precision = torch.linalg.inv(second + torch.diag(damping))
     left = torch.arange(count)
     while len(left):
-        coefficients = precision[:-1] / precision.diagonal()[:-1, None]  # 1 at s, -b_st elsewhere
+        coefficients = precision[:-1] / precision.diagonal()[:-1, None]  # row s: 1 at s, -b_st at t
         moved = to_float64(torch.einsum("nst,st->ns", products, coefficients.to(products)))
         going = moved.square().sum(0).cpu().argsort(stable=True)[: -(-len(left) // REMOVAL_STRIDE)]
         moves[left[going]] = moved.cpu()[:, going].T
@@ -103,7 +123,9 @@ def merge_moves(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) ->
         stay[going] = False
         kept, gone = (where.nonzero()[:, 0].to(precision.device) for where in (stay, ~stay))
         read = torch.cat([kept, kept.new_tensor([len(left)])])
-        solved = torch.linalg.solve(precision[gone][:, gone], precision[gone][:, read])  # -b, of those that go
+        solved = torch.linalg.solve(
+            precision[gone][:, gone], precision[gone][:, read]
+        )  # -b of the channels removed in this round
         passed = torch.einsum("st,nsu->ntu", solved[:, :-1].to(products), products[:, gone][:, :, read])
         products = products[:, kept][:, :, read] - passed
         precision = precision[read][:, read] - precision[read][:, gone] @ solved
@@ -112,11 +134,19 @@ def merge_moves(products: Tensor, second: Tensor, ridge: float = SCORE_RIDGE) ->
 
 
 def joint_losses(descents: Mapping[str, tuple[Tensor, Tensor]], costs: Mapping[str, float]) -> dict[str, Tensor]:
-    """Scores of groups whose merges are judged together, by group, each [C]: greedy, with the terms between layers.
+    """Score the channels of several groups by the loss that each merge adds to those before it, in any layer.
 
-    1/2 |X + move_s|^2 - 1/2 |X|^2 = X . move_s + 1/2 |move_s|^2 is what a merge adds to the loss when X is the sum of all
-    moves so far, in any layer: errors may cancel or add up. The group whose next channel (in the order of `merge_moves`) adds
-    least per cost goes next; a channel's score is what it adds per cost, never less than those before it, times its cost.
+    With X [N] the sum of all moves so far, over all groups, merging channel s adds
+
+        1/2 |X + move_s|^2 - 1/2 |X|^2 = X . move_s + 1/2 |move_s|^2
+
+    so that errors of different layers may cancel or add up (the greedy choice of SOSP-I, arXiv:2110.11395, for merges in
+    place of removals). Within a group channels follow the order of `merge_moves`. The group whose next channel adds the
+    least loss per cost is next. A channel's score is that loss per cost, raised to just above the previous one where it
+    is not larger, times the cost.
+
+    `descents` holds (order [C], moves [C, N]) by group, `costs` the cost of one channel of each group. Returns scores
+    [C] in float64 by group.
     """
     at = dict.fromkeys(descents, 0)
     scores = {name: torch.zeros(len(order), dtype=torch.float64) for name, (order, _) in descents.items()}
@@ -129,7 +159,7 @@ def joint_losses(descents: Mapping[str, tuple[Tensor, Tensor]], costs: Mapping[s
         prices = added / torch.tensor([costs[name] for name in names], dtype=torch.float64)
         next_ = int(prices.argmin())
         name = names[next_]
-        price = nextafter(max(price, float(prices[next_])), inf)  # else the order would be lost among equals
+        price = nextafter(max(price, float(prices[next_])), inf)  # strictly rising, so that sorting keeps the order
         scores[name][descents[name][0][at[name]]] = price * costs[name]
         moved = moved + heads[next_]
         at[name] += 1
@@ -139,14 +169,19 @@ def joint_losses(descents: Mapping[str, tuple[Tensor, Tensor]], costs: Mapping[s
 
 
 def _weight(trace: Trace, node: fx.Node) -> str | None:
+    """Return the name of the weight of a convolution or linear layer, None for any other operation."""
     return trace.graph.tensors.get(node.args[1]) if operation(node) in ("conv2d", "linear") else None
 
 
 def _run(
-    trace: Trace, state: Mapping[str, Tensor], images: Tensor, wanted: Mapping
+    trace: Trace, state: Mapping[str, Tensor], images: Tensor, wanted: Mapping[str, object]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what the layers with these weights read, as values of their own that gradients can be taken in."""
-    graph, inputs = trace.graph, {}
+    """Run the network and return its logits, and the inputs of the layers whose weight is in `wanted`, by weight.
+
+    The inputs require gradients, so that the logits can be differentiated in each of them.
+    """
+    graph = trace.graph
+    inputs: dict[str, Tensor] = {}
     values = graph.bind(state) | {graph.image: images}
     for node in graph.operations:
         weight = _weight(trace, node)
@@ -156,9 +191,9 @@ def _run(
             values[node] = compute(node, values | {node.args[0]: inputs[weight]})
         else:
             values[node] = compute(node, values)
-    return values[graph.logits], inputs
+    return cast(Tensor, values[graph.logits]), inputs
 
 
 def _channels_first(value: Tensor) -> Tensor:
-    """[N, C, positions] from [N, C, H, W] or [N, ..., C]."""
+    """Reshape a layer's input [N, C, H, W] or [N, ..., C] to [N, C, positions]."""
     return value.flatten(2) if value.dim() == 4 else value.reshape(len(value), -1, value.shape[-1]).mT

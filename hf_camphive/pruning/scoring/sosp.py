@@ -1,4 +1,4 @@
-"""SOSP's criteria (arXiv:2110.11395) in gate space: SOSP-H by one Hessian product, SOSP-I greedily."""
+"""SOSP's criteria (arXiv:2110.11395) in gate space: SOSP-H by one curvature product, SOSP-I by a greedy choice."""
 
 from collections.abc import Callable
 from math import inf
@@ -9,14 +9,18 @@ from torch import Tensor
 from hf_camphive.core.plan import ChannelGroup
 from hf_camphive.curvature.operators import gate_curvature
 from hf_camphive.pruning.scoring.context import Scores, ScoringContext
-from hf_camphive.pruning.scoring.weight_space import _free
+from hf_camphive.pruning.scoring.weight_space import unfrozen_groups
 
 
 def sosp_h(context: ScoringContext) -> Scores:
-    """|g_c| + 1/2 |(A 1)_c|: g the mean gate gradient, A the gate Hessian, one product in all (SOSP, arXiv:2110.11395).
+    """Score channels by the gradient of the loss in their gate and one product with its curvature.
 
-    In the paper's words |theta_s . dL| + 1/2 |theta_s^T H sum_s' theta_s'|, with theta_s the weights of structure s;
-    here those that read the channel, so that coupled channels are one structure. H is the matrix that `curvature` names.
+        score_c = |g_c| + 1/2 |(A 1)_c|
+
+    g is the mean gate gradient at the true labels, A the gate-space matrix that `curvature` names. This is SOSP-H
+    (arXiv:2110.11395), |theta_s . dL| + 1/2 |theta_s^T H sum_s' theta_s'| with theta_s the weights of structure s.
+
+    Deviation: a structure is the weights that read a channel, so that coupled channels are one structure.
     """
     gates = context.gates
     gradient = torch.zeros(gates.size, dtype=torch.float64)
@@ -24,21 +28,25 @@ def sosp_h(context: ScoringContext) -> Scores:
         gradient += gradients.sum(0).cpu()
     gradient = context.workers.sum(gradient) / context.total
     batches = list(zip(context.calibration.images, context.calibration.labels))
-    options = {"total": context.total, "workers": context.workers}
-    matrix = gate_curvature(context.network, batches, context.config.curvature, **options)
+    curvature, workers = context.config.curvature, context.workers
+    matrix = gate_curvature(context.network, batches, curvature, total=context.total, workers=workers)
     curved = matrix(torch.ones(gates.size, dtype=torch.float64))
     return gates.split(gradient.abs() + 0.5 * curved.abs())
 
 
 def sosp_i(context: ScoringContext) -> Scores:
-    """The greedy marginals of lambda(M) = sum_{s in M} |g_s| + 1/2 sum_{s, s' in M} |G_ss'| (SOSP, arXiv:2110.11395).
+    """Score channels by what each adds to a second-order bound of the loss when it is removed greedily.
 
-    g is the mean gate gradient at the true labels, G the Gauss-Newton gate matrix [S, S] with all terms between layers.
-    A channel's score is what its removal adds to lambda after all that the greedy choice removes before it
-    (`greedy_marginals`), so that the order of the scores is the greedy order. With `threshold="adaptive"` the choice is
-    by marginal per MAC, as the plan's is, else by the marginal itself, as in the paper.
+        lambda(M) = sum_{s in M} |g_s| + 1/2 sum_{s, s' in M} |G_ss'|
 
-    Deviation: G is mean_n g_n g_n^T with one random g_n an image (`ScoringContext.model_gradients`), which is G in expectation.
+    g is the mean gate gradient at the true labels, G the Gauss-Newton gate matrix [S, S] with all terms between layers
+    (SOSP-I, arXiv:2110.11395). A channel's score is the increase of lambda when it joins the set M of channels that the
+    greedy choice removed before (`greedy_marginals`), so that the order of the scores is the greedy order. With
+    `threshold="adaptive"` the choice is by increase per MAC, like that of plans, else by the increase itself, as in the
+    paper.
+
+    Deviation: G is estimated by mean_n g_n g_n^T with one random g_n per image (`ScoringContext.model_gradients`), which
+    has the expectation G.
     """
     gates = context.gates
     gradient = torch.zeros(gates.size, dtype=torch.float64)
@@ -60,12 +68,15 @@ def sosp_i(context: ScoringContext) -> Scores:
 
 
 def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor, candidates: Tensor) -> Tensor:
-    """What each structure adds to sum_{s in M} first_s + 1/2 sum_{s, s' in M} G_ss' when greedily it joins M, [S].
+    """Return what each structure adds to a quadratic set function when structures join the set M greedily, [S].
 
-    alone_s = first_s + 1/2 G_ss, and row(s) is row s of G. Next to join is the least marginal per cost,
-    alone_s + sum_{s' in M} G_ss' over costs_s, among the candidates (others never join, and have the marginal of the first
-    to join). With entries that are not negative, marginals per cost never fall along the way: sorting them gives the order
-    back. G is never held as a whole: it would take S^2 numbers.
+        F(M) = sum_{s in M} first_s + 1/2 sum_{s, s' in M} G_ss'
+        marginal_s = F(M + s) - F(M) = alone_s + sum_{s' in M} G_ss',   alone_s = first_s + 1/2 G_ss
+
+    `alone` is [S], and `row(s)` returns row s of G, [S], so that the S^2 numbers of G are never held at once. The
+    candidate with the least marginal / costs_s joins next. Structures that are no candidates never join, and get
+    alone_s + sum over all candidates of G_ss'. If no entry of G is negative, marginals per cost never fall along the way,
+    and sorting them gives the greedy order back.
     """
     marginals = alone.clone()
     waiting = candidates.clone()
@@ -77,18 +88,21 @@ def greedy_marginals(alone: Tensor, row: Callable[[int], Tensor], costs: Tensor,
 
 
 def channel_costs(context: ScoringContext) -> dict[str, float]:
-    """What a channel of each group in the run's scope costs a greedy choice: its MACs at full width, or 1 with thresholds."""
+    """Return, for each group in the run's scope, the cost of one channel in a greedy choice.
+
+    That is its MACs per image at full width (at least 1) with `threshold="adaptive"`, else 1.
+    """
     exterior = context.analysis.exterior if context.config.scope == "interior" else ()
     adaptive = context.config.threshold == "adaptive"
     return {
         group.name: max(1, _macs_of_a_channel(context, group)) if adaptive else 1
-        for group in _free(context.trace)
+        for group in unfrozen_groups(context.trace)
         if group.name not in exterior
     }
 
 
 def _macs_of_a_channel(context: ScoringContext, group: ChannelGroup) -> int:
-    """MACs per image that removing one channel of the group saves at full width."""
+    """Return the MACs per image that removing one channel of the group saves at full width."""
     saved = 0
     for slot in group.slots:
         if slot.tensor in context.trace.positions:

@@ -1,7 +1,7 @@
-"""The papers' own second-order criteria: CAMP-HiVe's, HAP's and SOSP's, each a pure function of `ScoringContext`.
+"""Criteria computed from curvature in weight space: those of CAMP-HiVe and HAP, each a pure function of `ScoringContext`.
 
-Weight space holds the weights of all convolutions and linear layers, P in all. A channel's *filters* are the rows of
-those that write it, depthwise kernels included; HAP's and CAMP-HiVe's scores look at these. SOSP's live in gate space.
+Weight space holds the P weights of all convolutions and linear layers. The *filters* of a channel are the rows of the
+weights that produce it, depthwise kernels included; both criteria sum over them.
 """
 
 import logging
@@ -21,20 +21,28 @@ logger = logging.getLogger(__name__)
 
 
 def hive_paper(context: ScoringContext) -> Scores:
-    """sum over the weights i of the channel's filters of |v_i|, v the dominant eigenvector of H in weight space.
+    """Score channels by the entries of the dominant eigenvector of the curvature at the channel's filters.
 
-    CAMP-HiVe (arXiv:2511.06265). Deviation: the paper ranks single weights (`granularity="weight"` does); the authors'
-    code differentiates g.v in v, which gives the gradient, and norms v per tensor. Here v is an eigenvector, of norm 1.
+        score_c = sum over the weights i of the filters of c of |v_i|
+
+    v is the eigenvector of the largest |eigenvalue| of H in weight space, of norm 1 (CAMP-HiVe, arXiv:2511.06265).
+
+    Deviation: the paper ranks single weights, as `granularity="weight"` does. The authors' code differentiates g.v in v,
+    which gives the gradient, and normalises v for each tensor.
     """
     return _over_filters(context.trace, {name: v.abs() for name, v in dominant_eigenvector(context).items()})
 
 
 def hap(context: ScoringContext) -> Scores:
-    """Tr(H_cc) / (2 p_c) * ||w_c||^2, w_c the p_c weights of the channel's filters (HAP, arXiv:2101.08940).
+    """Score channels by the trace of the curvature over their filters, times the filters' squared norm.
 
-    The trace is Hutchinson's estimate, mean_j z_jc . (H z_j)_c over `hutchinson_probes` vectors of random signs; H is
-    the matrix that `curvature` names. Deviation: coupled filters are one channel, where the authors' code prunes each
-    and scatters the results back to full width.
+        score_c = Tr(H_cc) / (2 p_c) * ||w_c||^2
+
+    w_c are the p_c weights of the channel's filters (HAP, arXiv:2101.08940), H the matrix that `curvature` names. The
+    trace is Hutchinson's estimate, mean_j z_jc . (H z_j)_c over `hutchinson_probes` vectors z_j of random signs.
+
+    Deviation: coupled filters are one channel; the authors' code prunes each filter and scatters the results back to
+    full width.
     """
     config = context.config
     weights = {name: context.weight(name) for name in context.trace.positions}
@@ -56,7 +64,7 @@ def hap(context: ScoringContext) -> Scores:
 
 
 def dominant_eigenvector(context: ScoringContext) -> dict[str, Tensor]:
-    """The eigenvector of the largest |eigenvalue| in weight space, as {weight: tensor of its shape}, by power iteration."""
+    """Return the eigenvector of the largest |eigenvalue| in weight space, by power iteration, as {weight: tensor of its shape}."""
     config = context.config
     weights = {name: context.analysis.state[name] for name in context.trace.positions}
     found = power_iteration(
@@ -77,7 +85,10 @@ def dominant_eigenvector(context: ScoringContext) -> dict[str, Tensor]:
 
 
 def weight_product(context: ScoringContext) -> Product:
-    """V [P, k] -> the mean over the curvature images of (H or the Gauss-Newton matrix) V, [P, k]."""
+    """Return the function V [P, k] -> H V [P, k], with H averaged over the curvature images of all processes.
+
+    H is the matrix that `curvature` names: the Hessian or the Gauss-Newton matrix.
+    """
     trace, state = context.trace, context.analysis.state
     batches, total = context.curvature_batches()
 
@@ -85,19 +96,20 @@ def weight_product(context: ScoringContext) -> Product:
         return trace.graph.run({**state, **weights}, images)[0]
 
     weights = {name: state[name] for name in trace.positions}
-    options = {"total": total, "workers": context.workers}
-    return weight_curvature(logits, weights, batches, context.config.curvature, **options)[0]
+    curvature, workers = context.config.curvature, context.workers
+    return weight_curvature(logits, weights, batches, curvature, total=total, workers=workers)[0]
 
 
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split a vector of weight space [P] into tensors of the shapes of `like`, by name."""
     parts = flat.split([tensor.numel() for tensor in like.values()])
     return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(like.items(), parts)}
 
 
 def _over_filters(trace: Trace, values: Mapping[str, Tensor]) -> Scores:
-    """Sums over each channel's filters of values that every weight has, [C] a group."""
+    """Sum values that every weight has over each channel's filters; [C] for each group that is not frozen."""
     sums = {}
-    for group in _free(trace):
+    for group in unfrozen_groups(trace):
         rows = [
             values[slot.tensor].flatten(1).sum(1)[list(slot.index)].view(group.size, -1).sum(1)
             for slot in group.slots
@@ -107,5 +119,6 @@ def _over_filters(trace: Trace, values: Mapping[str, Tensor]) -> Scores:
     return sums
 
 
-def _free(trace: Trace) -> list[ChannelGroup]:
+def unfrozen_groups(trace: Trace) -> list[ChannelGroup]:
+    """Return the channel groups that can be pruned, in forward order."""
     return [group for group in trace.groups if not group.frozen]
