@@ -72,7 +72,7 @@ def test_rows_that_are_not_numbers_are_refused_by_the_name_of_the_layer(value, h
     with pytest.raises(ReconstructionError, match=r"stages\.1\.conv2.*NaN or infinite.*images.*weights"):
         sums.solve(1e-4)
     with pytest.raises(ReconstructionError, match=r"stages\.1\.conv2"):
-        sums.part(torch.arange(2), torch.arange(2)).solve(1e-4)
+        sums.restricted(torch.arange(2), torch.arange(2)).solve(1e-4)
 
 
 def test_finite_sums_that_no_ridge_makes_positive_definite_end_too():

@@ -1,4 +1,4 @@
-"""The dense and the masked network run side by side; what a plan does not change is computed once."""
+"""One program that runs the dense and the masked network side by side, for fits of one to the other."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,14 +12,15 @@ from hf_camphive.network.graph.program import argument_of, compute, operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.implants import implanted_slots
 
-Job = tuple[bool, fx.Node]  # an operation of the pruned (True) or of the dense network
+Job = tuple[bool, fx.Node]
+"""An operation of the pruned (True) or of the dense (False) network."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One least-squares problem: the layer `node` with this weight, fitted to the dense value `target`.
+    """Describe one least-squares problem: the layer `node` with this weight, fitted to the dense value `target`.
 
-    With a `residual_add` the target is the dense sum minus the pruned shortcut, taken back through the norms on `path`.
+    With a `residual_add`, the target is the dense sum minus the pruned shortcut, inverted through the norms on `path`.
     """
 
     node: fx.Node
@@ -30,7 +31,11 @@ class Fit:
 
 
 class LockstepProgram:
-    """The dense and the masked network as one list of operations; what the plan does not change is computed once."""
+    """Run the dense and the masked network as one list of operations; those that the plan leaves equal are run once.
+
+    `fits` maps each layer to be fitted to its problem, `order` lists all operations, `stops` the positions of fitted
+    layers in it, and `last_use` the position after which each value is no longer needed.
+    """
 
     def __init__(self, trace: Trace, plan: PrunePlan) -> None:
         self.graph, self.tensors = trace.graph, trace.graph.tensors
@@ -42,10 +47,11 @@ class LockstepProgram:
         self.last_use = {need: i for i, job in enumerate(self.order) for need in self.needs(job)}
 
     def job(self, pruned: bool, node: fx.Node) -> Job:
+        """Return the job that computes an operation; both networks share that of an operation the plan does not change."""
         return (pruned and node in self.changed, node)
 
     def needs(self, job: Job) -> list[Job]:
-        """Values that an operation needs, and for a layer that is fitted, those that its fit needs."""
+        """Return the jobs whose values an operation needs, including those that the fit of a fitted layer needs."""
         pruned, node = job
         needs = [self.job(pruned, used) for used in node.all_input_nodes if not self._is_constant(used)]
         if pruned and (fit := self.fits.get(node)):
@@ -57,7 +63,10 @@ class LockstepProgram:
     def advance(
         self, values: Mapping[Job, Tensor], constants: tuple[Mapping, Mapping], start: int, stop: int
     ) -> dict[Job, Tensor]:
-        """Values held just before operation `stop`, from those held before operation `start`."""
+        """Compute the values needed from operation `stop` on, given those needed from operation `start` on.
+
+        `constants` holds the bound weights of the dense and of the pruned network.
+        """
         values = dict(values)
         for position in range(start, stop):
             pruned, node = job = self.order[position]
@@ -74,7 +83,10 @@ class LockstepProgram:
         return node.op == "placeholder" and node is not self.graph.image
 
     def _find_fits(self, plan: PrunePlan) -> None:
-        """Every layer whose weight or input the plan changes is fitted, unless nothing reads it or it is used twice."""
+        """Find the operations that the plan changes, and the layers among them to fit.
+
+        A layer is fitted if its weight or input changes, unless it is emptied, runs twice, or pads by name ("same").
+        """
         keep = plan.keep
         shrunk = [group for group in plan.groups if len(keep[group.name]) < group.size]
         cut = {s.tensor for group in shrunk for s in group.slots if s.role in ("consumer", "statistics")}
@@ -95,7 +107,7 @@ class LockstepProgram:
             self.fits[node] = Fit(node, weight, residual_add.add if residual_add else node, tuple(path), residual_add)
 
     def _depth_first(self) -> list[Job]:
-        """All operations, each after what it needs; depth first, so that few values are held at a time."""
+        """Return all operations, each after those it needs; depth first, so that few values are held at a time."""
         order: dict[Job, None] = {}
         pending = [(self.job(True, self.graph.logits), False)]
         while pending:

@@ -1,10 +1,11 @@
-"""Reconstruction: the kept channels take over what the removed ones did, layer by layer, in closed form.
+"""Reconstruction: refit the kept weights layer by layer, in closed form, to reproduce the dense network's values.
 
-In forward order each layer's kept weights are refitted by ridge regression so that, fed with the pruned network's
-activations, the layer gives the dense network's output; the last layer before a residual add is fitted to the dense sum
-minus the pruned shortcut, so that every block repairs the error it inherits. No labels, no learning rate, one pass.
+In forward order, each layer's kept weights are refitted by ridge regression so that the layer, given the pruned
+network's activations, outputs the dense network's values. The last layer before a residual add is fitted to the dense
+sum minus the pruned shortcut, so that every block corrects the error of its input. It needs no labels and no learning
+rate, and makes one pass.
 
-Works on full-width weights (removed columns stay zero) and returns new ones; the network itself is not touched.
+Works on full-width weights (removed columns stay zero) and returns new ones; the network itself is not changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,20 @@ from hf_camphive.pruning.merging.ridge import NormalEquations
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.tuning import MIN_ROWS, RIDGE_HOLDOUT_STRIDE, ROWS_PER_UNKNOWN, SILENT_SCALE
 
-ACTIVATION_BYTES = 2**30  # activations held between fits; beyond this they are computed again from earlier ones
+ACTIVATION_BYTES = 2**30  # most activations held between fits; beyond it they are computed again from earlier ones
 
 
 def reconstruct(task: MergeTask) -> State:
-    """Refit the kept weights, at full width, so that the masked network gives the dense network's values, layer by layer.
+    """Refit the kept weights, at full width, so that the masked network reproduces the dense network's values.
 
-    For each layer, min over D of sum ||T - (W + D) x||^2 + ridge * tr(X^T X) / d * ||D||^2, where the rows x [d] of X are
-    the patches of kept inputs (d = C_in_kept * kH * kW), T [rows, C_out] is the target and W the present weight. A
-    constant is fitted with it where the layer's bias or the norm after it can carry one. Of implants (HAP) only the centre of
-    each kernel is fitted, where they are read and where they are made.
+    For each layer, in forward order, solve
+
+        min over D of  sum ||T - (W + D) x||^2 + ridge * tr(X^T X) / d * ||D||^2
+
+    where the rows x [d] of X are patches of the kept inputs (d = C_in_kept * kH * kW), T [rows, C_out] is the target and
+    W the present weight. A constant is fitted as well if the layer's bias or the norm after it can hold one
+    (`constant_carrier`). For neural implants (HAP) only the centres of kernels are fitted, in the layers that produce
+    them and in those that read them.
 
     Raises:
         ReconstructionError: A layer's activations are not finite, as after NaN in images or weights; names the layer.
@@ -66,12 +71,12 @@ def reconstruct(task: MergeTask) -> State:
                 centres = _centres(pruned[fit.weight], entries.get(fit.weight))
                 _fit_implants(solution, sums, rows, centres, task)
             _update(pruned, fit, lockstep, entries.get(fit.weight), *solution)
-            del sums  # may be hundreds of MB, which the next fit need not add to
+            del sums  # frees up to hundreds of MB before the next fit allocates its own
     return pruned
 
 
 def _bytes(value: object) -> int:
-    """Return the bytes of memory of a value: a tensor, several of them, or a size."""
+    """Return the bytes of memory of a value: a tensor, a sequence of them, or a size (0)."""
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
 
 
@@ -81,15 +86,18 @@ def _bytes(value: object) -> int:
 def _fit_implants(
     solution: tuple[Tensor, Tensor], sums: NormalEquations, rows: Tensor, centres: Tensor, task: MergeTask
 ) -> None:
-    """Fit the outputs `rows` anew on the kernels' centres alone, within a solution for all."""
+    """Replace, in a solution for all outputs, that of the implanted outputs `rows` by a fit on kernel centres alone."""
     change, constant = solution
     rows = rows.to(change.device)
-    part, constant[0, rows] = (value[0] for value in sums.part(centres, rows).solve(task.ridge, task.workers))
+    at_centres, constant[0, rows] = (
+        value[0] for value in sums.restricted(centres, rows).solve(task.ridge, task.workers)
+    )
     change[0, rows] = 0
-    change[0, rows[:, None], centres.to(rows)] = part
+    change[0, rows[:, None], centres.to(rows)] = at_centres
 
 
 def _sums_for(fit: Fit, weight: Tensor, entries: Tensor | None) -> NormalEquations:
+    """Return empty sums for a fit of the given entries of W[0] (all of them if None) and a constant."""
     groups = argument_of(fit.node, 6, 1) if operation(fit.node) == "conv2d" else 1
     unknowns = weight[0].numel() if entries is None else len(entries)
     return NormalEquations(
@@ -106,7 +114,10 @@ def _rows(
     images: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Sampled rows of one batch [groups, n, d], each ending in 1, and their errors [groups, n, C_out / groups]."""
+    """Sample rows of one batch [groups, n, d] and their errors [groups, n, C_out / groups] under the present weights.
+
+    Each row ends in 1 if a constant can be fitted, else in 0.
+    """
     x = values[lockstep.job(True, fit.node.args[0])]
     weight = pruned[fit.weight]
     target = values[False, fit.target]
@@ -124,7 +135,9 @@ def _rows(
     if (bias := argument_of(fit.node, 2)) is not None:
         output = output + pruned[lockstep.tensors[bias]].view(groups, 1, -1)
     errors = target.view(len(target), groups, -1).transpose(0, 1) - output
-    errors *= ~_silent(fit, lockstep.tensors, pruned).view(groups, 1, -1)  # what nobody hears stays as it is
+    errors *= ~_silent(fit, lockstep.tensors, pruned).view(
+        groups, 1, -1
+    )  # outputs with no effect on the sum stay as they are
     if entries is not None:
         patches = patches[:, :, entries.to(patches.device)]
     carried = constant_carrier(fit.node, lockstep.tensors) is not None
@@ -134,7 +147,7 @@ def _rows(
 def _update(
     pruned: State, fit: Fit, lockstep: LockstepProgram, entries: Tensor | None, change: Tensor, constant: Tensor
 ) -> None:
-    """Write one fit's solution into the masked weights."""
+    """Add one fit's solution to the masked weights in `pruned`, in place."""
     weight = pruned[fit.weight]
     flat = weight.flatten(1).clone()
     fitted = torch.arange(flat.shape[1]) if entries is None else entries
@@ -147,9 +160,10 @@ def _update(
 
 
 def constant_carrier(node: fx.Node, tensors: Mapping[fx.Node, str]) -> tuple[str, int] | None:
-    """The tensor that can carry a constant added to a layer's output, and the sign with which it does.
+    """Return the tensor that can hold a constant added to a layer's output, and the sign with which it does.
 
-    That is the layer's own bias, or the running mean of the norm that alone reads it; None where there is neither.
+    That is the layer's own bias (+1), or the running mean of the BatchNorm that is its only consumer (-1); None if there
+    is neither.
     """
     if (bias := argument_of(node, 2)) is not None:
         return tensors[bias], 1
@@ -160,7 +174,7 @@ def constant_carrier(node: fx.Node, tensors: Mapping[fx.Node, str]) -> tuple[str
 
 
 def _kept_entries(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flat positions within W[0] [C_in, kH, kW] that remain, for every weight of which some go."""
+    """Return indices into the flattened W[0] [C_in, kH, kW] that survive, for each weight that loses any."""
     left: dict[str, Tensor] = {}
     for group in plan.groups:
         removed = sorted(set(range(group.size)) - set(plan.remain[group.name]))
@@ -175,7 +189,7 @@ def _kept_entries(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _implanted_rows(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs [a] of each weight that are implants, where its kernels are larger than 1x1."""
+    """Return the outputs [a] of each weight that are implants, for weights with kernels larger than 1x1."""
     return {
         slot.tensor: torch.tensor(positions)
         for slot, positions in implanted_slots(plan)
@@ -184,14 +198,17 @@ def _implanted_rows(plan: PrunePlan, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _centres(weight: Tensor, entries: Tensor | None) -> Tensor:
-    """Which of the fitted entries of W[0] [C_in, kH, kW] are the centre of a kernel."""
+    """Return which of the fitted entries of W[0] [C_in, kH, kW] are centres of kernels, as positions among the entries."""
     mask = torch.ones((1, *weight.shape[1:]), dtype=torch.bool)
     mask = with_centres(mask, 1, list(range(weight.shape[1]))).flatten()
     return (mask if entries is None else mask[entries]).nonzero()[:, 0]
 
 
 def _pick(target: Tensor, weight: Tensor, images: float, generator: torch.Generator) -> Tensor:
-    """Which rows of this batch enter the fit: flat indices over images and positions, as many from each image."""
+    """Draw the rows of this batch that enter the fit, as flat indices over images and positions.
+
+    A batch contributes rows in proportion to its share of all `images`.
+    """
     available = target.shape[0] * prod(target.shape[2:]) if target.dim() == 4 else target.shape[:-1].numel()
     wanted = max(MIN_ROWS, ROWS_PER_UNKNOWN * weight[0].numel()) * target.shape[0] / images
     if available <= wanted:
@@ -200,7 +217,7 @@ def _pick(target: Tensor, weight: Tensor, images: float, generator: torch.Genera
 
 
 def _at(value: Tensor, picks: Tensor) -> Tensor:
-    """Rows [n, C] of a value [N, C, H, W] or [..., C] at flat positions."""
+    """Return the rows [n, C] of a value [N, C, H, W] or [..., C] at flat positions."""
     rows = value.movedim(1, -1) if value.dim() == 4 else value
     if len(picks) == rows.shape[:-1].numel():
         return rows.reshape(-1, rows.shape[-1]).clone()
@@ -208,7 +225,7 @@ def _at(value: Tensor, picks: Tensor) -> Tensor:
 
 
 def _before_norm(rows: Tensor, norm: fx.Node, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> Tensor:
-    """The input of a batch norm from its output: z = (y - beta) / scale + mean."""
+    """Invert a BatchNorm on its output rows [n, C]: z = (y - beta) / scale + mean; other operations return them unchanged."""
     if operation(norm) != "batch_norm":
         return rows
     scale, shift, mean = _norm_values(norm, tensors, state)
@@ -216,14 +233,18 @@ def _before_norm(rows: Tensor, norm: fx.Node, tensors: Mapping[fx.Node, str], st
 
 
 def _norm_values(norm: fx.Node, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> list[Tensor]:
-    """(scale, shift, mean) of a batch norm, each [C]: y = scale * (z - mean) + shift."""
-    gamma, beta, mean, variance = (state[tensors[t]] if t is not None else None for t in norm.args[1:5])
+    """Return (scale, shift, mean) of a BatchNorm, each [C], with y = scale * (z - mean) + shift."""
+    gamma, beta = (None if t is None else state[tensors[t]] for t in norm.args[1:3])
+    mean, variance = (state[tensors[t]] for t in norm.args[3:5])
     scale = (variance + norm.args[7]).rsqrt()
     return [scale if gamma is None else scale * gamma, torch.zeros_like(mean) if beta is None else beta, mean]
 
 
 def _silent(fit: Fit, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor]) -> Tensor:
-    """Output channels whose way to the residual add is scaled by (almost) nothing, as booleans [C]."""
+    """Return which output channels a norm before the residual add scales to almost nothing, as booleans [C].
+
+    Their fit would divide by that scale, which is below `SILENT_SCALE` times the median.
+    """
     weight = state[fit.weight]
     silent = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     for norm in fit.path:
@@ -234,7 +255,7 @@ def _silent(fit: Fit, tensors: Mapping[fx.Node, str], state: Mapping[str, Tensor
 
 
 def _patches(x: Tensor, node: fx.Node, weight: Tensor, picks: Tensor) -> Tensor:
-    """Input patches [groups, n, C_in / groups * kH * kW] of a layer at flat output positions."""
+    """Return the input patches [groups, n, C_in / groups * kH * kW] of a layer at flat output positions [n]."""
     if operation(node) == "linear":
         return x.reshape(-1, x.shape[-1])[picks.to(x.device)].unsqueeze(0)
     stride, padding = argument_of(node, 3, 1), argument_of(node, 4, 0)

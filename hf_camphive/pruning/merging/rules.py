@@ -1,8 +1,9 @@
-"""Merging: what the consumers of removed channels do instead. One function per rule, and the table `MERGERS`.
+"""Merge rules: what the consumers of a removed channel read instead. One function per rule, and the table `MERGERS`.
 
-The rules here replace each consumer's weight W [C_out, C, kH, kW] by W R along its input channels: R [C, C] is the
-identity on kept channels, and the row of a removed channel s says how much of which kept channels replaces it.
-`reconstruct` refits whole kernels instead (`reconstruction.py`). All rules work at full width.
+The rules here replace each consumer's weight W [C_out, C, kH, kW] by W R along its input channels. R [C, C] is the
+identity on kept channels, and the row of a removed channel s holds the coefficients of the kept channels that replace
+it. `reconstruct` refits whole kernels instead (`reconstruction.py`). All rules work at full width. `register_merge_rule`
+adds a rule from outside the package.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from hf_camphive.core import methods
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan, Slot
 from hf_camphive.core.runtime import to_float64
 from hf_camphive.network.graph.program import operation, weight_of
@@ -26,9 +28,10 @@ from hf_camphive.pruning.tuning import CYCLIC_COEFFICIENT
 
 @dataclass(frozen=True)
 class ConsumerCut:
-    """One consumer's view of a cut: kept channels, (removed, receiver) pairs, and moments of what it reads.
+    """Describe a cut for one consumer: the group's size, kept channels, (removed, receiver) pairs, and input moments.
 
-    `mean` is [C] and `second` [C, C], over images and positions; a rule that does not look at data gets None.
+    `mean` [C] and `second` [C, C] are the first and second moments of the channels over images and positions, or None
+    for a rule that reads no images. `ridge` is relative to the mean variance of the kept channels.
     """
 
     size: int
@@ -36,25 +39,32 @@ class ConsumerCut:
     pairs: tuple[tuple[int, int], ...] = ()
     mean: Tensor | None = None
     second: Tensor | None = None
-    ridge: float = 1e-4
+    ridge: float = CampHiVeConfig.ridge
 
     @property
     def removed(self) -> list[int]:
+        """Return the channels that are not kept, ascending."""
         kept = set(self.keep)
         return [c for c in range(self.size) if c not in kept]
 
 
-Mixture = tuple[Tensor, Tensor]  # rows [C, C] (zero but for removed channels) and the constant left over [C]
+Mixture = tuple[Tensor, Tensor]
+"""Coefficients [C, C], whose rows are zero except for removed channels, and the constant of each channel [C]."""
 
 
 def none(cut: ConsumerCut) -> Mixture:
-    """a_s ~ 0: plain cut."""
+    """Replace each removed channel by zero, a_s ~ 0: a plain cut."""
     size = cut.size
     return torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
 
 
 def cyclic(cut: ConsumerCut) -> Mixture:
-    """a_s ~ 0.5 a_t for the cyclic pair (s, t): CAMP-HiVe's merge (arXiv:2511.06265), on channels, not single weights."""
+    """Replace each removed channel by half of its cyclic partner, a_s ~ 0.5 a_t for the pair (s, t).
+
+    CAMP-HiVe's merge (arXiv:2511.06265).
+
+    Deviation: the paper merges single weights, this rule channels.
+    """
     rows, constant = none(cut)
     for s, t in cut.pairs:
         rows[s, t] = CYCLIC_COEFFICIENT
@@ -62,7 +72,10 @@ def cyclic(cut: ConsumerCut) -> Mixture:
 
 
 def cyclic_ls(cut: ConsumerCut) -> Mixture:
-    """a_s ~ beta a_t for the cyclic pair, beta = E[a_s a_t] / E[a_t^2]."""
+    """Replace each removed channel by the least-squares multiple of its cyclic partner.
+
+    a_s ~ beta a_t for the pair (s, t), beta = E[a_s a_t] / E[a_t^2].
+    """
     rows, constant = none(cut)
     for s, t in cut.pairs:
         rows[s, t] = cut.second[s, t] / cut.second[t, t].clamp_min(1e-30)
@@ -70,7 +83,10 @@ def cyclic_ls(cut: ConsumerCut) -> Mixture:
 
 
 def nearest(cut: ConsumerCut) -> Mixture:
-    """a_s ~ beta a_t with the kept t that explains a_s best: max E[a_s a_t]^2 / E[a_t^2]."""
+    """Replace each removed channel by a multiple of the one kept channel that predicts it best.
+
+    a_s ~ beta a_t, beta = E[a_s a_t] / E[a_t^2], with the kept t that maximises E[a_s a_t]^2 / E[a_t^2].
+    """
     rows, constant = none(cut)
     keep = list(cut.keep)
     squares = cut.second.diagonal()[keep].clamp_min(1e-30)
@@ -82,7 +98,11 @@ def nearest(cut: ConsumerCut) -> Mixture:
 
 
 def lstsq(cut: ConsumerCut) -> Mixture:
-    """a_s ~ R_s a_K + c_s by ridge regression on all kept channels K: R = S_PK (S_KK + r I)^-1 with covariances S."""
+    """Replace each removed channel by its ridge regression on all kept channels K and a constant.
+
+    a_s ~ R_s a_K + c_s, with R = S_PK (S_KK + r I)^-1 for covariances S, removed channels P, and r `cut.ridge` times the
+    mean variance of the kept channels.
+    """
     rows, constant = none(cut)
     keep, removed = list(cut.keep), cut.removed
     covariance = cut.second - torch.outer(cut.mean, cut.mean)
@@ -95,21 +115,21 @@ def lstsq(cut: ConsumerCut) -> Mixture:
 
 
 MergeRule = Callable[[MergeTask], State]
-"""A merge rule: from a task to the full-width weights after it, the columns of removed channels zero."""
+"""A merge rule: from a task to the full-width weights after merging, the columns of removed channels zero."""
 
 
 def mixing(mix: Callable[[ConsumerCut], Mixture]) -> MergeRule:
-    """Return the rule that replaces each removed channel by a mixture of kept ones, consumer by consumer."""
+    """Return the merge rule that replaces removed channels by the mixtures of kept ones that `mix` computes per consumer."""
     return partial(mix_channels, mix)
 
 
 def merge(task: MergeTask) -> State:
-    """Return full-width weights after the plan's merge rule; the columns of removed channels are zero."""
+    """Apply the plan's merge rule; return full-width weights whose columns of removed channels are zero."""
     return MERGERS[task.plan.merge](task)
 
 
 def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
-    """The plan with cyclic (removed, receiver) pairs written into its cuts, where its rule merges pairs."""
+    """Return the plan with cyclic (removed, receiver) pairs in its cuts if its merge rule needs pairs, else unchanged."""
     if not methods.MERGE_RULES[plan.merge].pairs:
         return plan
     cuts = tuple(replace(cut, pairs=cyclic_pairs(scores[cut.group], cut.keep)) for cut in plan.cuts)
@@ -117,9 +137,9 @@ def with_pairs(plan: PrunePlan, scores: Mapping[str, Tensor]) -> PrunePlan:
 
 
 def mix_channels(mix: Callable[[ConsumerCut], Mixture], task: MergeTask) -> State:
-    """Replace W by W R for each consumer, with R from `mix`; constants go where a bias or a norm can carry them.
+    """Replace W by W R for each consumer, with R from `mix`; constants are added where a bias or norm can hold them.
 
-    Implants are merged like any removed channel, and what reads them starts at zero.
+    Implants are merged like any removed channel, and the weights that read them start at zero.
     """
     plan, state, layers = task.plan.without_implants(), task.state, _layers(task.trace)
     pairs = {cut.group: cut.pairs for cut in plan.cuts}
@@ -147,13 +167,16 @@ def mix_channels(mix: Callable[[ConsumerCut], Mixture], task: MergeTask) -> Stat
 
 
 def _layers(trace: Trace) -> dict[str, fx.Node]:
-    """The convolution or linear layer that uses each weight (the last one, where several do)."""
+    """Return the convolution or linear layer that uses each weight (the last one if there are several)."""
     tensors = trace.graph.tensors
     return {tensors[weight]: node for node in trace.graph.operations if (weight := weight_of(node)) in tensors}
 
 
 def _moments(task: MergeTask, layers: set[fx.Node]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
-    """(mean [C_in], second moment [C_in, C_in]) of each layer's input channels over images and positions, in float64."""
+    """Return the mean [C_in] and second moment [C_in, C_in] of each layer's input channels, in float64.
+
+    Averages are over the images of all processes and over positions.
+    """
     sums: dict[fx.Node, Tensor] = {}
     sources = {layer: layer.args[0] for layer in layers}
     with torch.no_grad():
@@ -163,7 +186,7 @@ def _moments(task: MergeTask, layers: set[fx.Node]) -> dict[fx.Node, tuple[Tenso
                 rows = x.movedim(1, -1) if operation(layer) == "conv2d" else x
                 rows = rows.reshape(-1, rows.shape[-1])
                 rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-                sums[layer] = sums.get(layer, 0) + sum(to_float64(part.mT @ part) for part in rows.split(8192))
+                sums[layer] = sums.get(layer, 0) + sum(to_float64(some.mT @ some) for some in rows.split(8192))
     moments = {}
     for layer, total in sums.items():
         total = task.workers.sum(total).cpu()
@@ -173,7 +196,7 @@ def _moments(task: MergeTask, layers: set[fx.Node]) -> dict[fx.Node, tuple[Tenso
 
 
 def _on_channels(moments: tuple[Tensor, Tensor], slot: Slot, size: int, per_group: int) -> tuple[Tensor, Tensor]:
-    """Moments of a layer's inputs on a group's channels, averaged over the positions that belong to each channel.
+    """Reduce moments of a layer's inputs to a group's channels, averaged over the input positions of each channel.
 
     A grouped convolution reads the same offset of each of its groups; a flattened map repeats each channel.
     """
@@ -188,7 +211,7 @@ def _on_channels(moments: tuple[Tensor, Tensor], slot: Slot, size: int, per_grou
 
 
 def _mixed(weight: Tensor, slot: Slot, rows: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
-    """W + W rows along the slot's axis, and the constant that reaches each output, sum_s sum_taps W[:, s] constant[s]."""
+    """Return W + W rows along the slot's axis, and the constant added to each output, sum_s sum_taps W[:, s] constant[s]."""
     index = torch.tensor(slot.index).view(len(rows), -1)
     weight, extra = weight.clone(), torch.zeros(weight.shape[0], dtype=torch.float64)
     for positions in index.T:
@@ -199,10 +222,11 @@ def _mixed(weight: Tensor, slot: Slot, rows: Tensor, constant: Tensor) -> tuple[
 
 
 def cyclic_pairs(scores: Tensor, keep: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """(removed, receiver) pairs: the r-th removed channel goes to kept channel r mod K, both by descending score.
+    """Pair removed channel r with kept channel r mod K, both sorted by descending score; returns (removed, receiver) pairs.
 
-    CAMP-HiVe, arXiv:2511.06265, cyclic pairing. Deviation: the authors' code pairs by position in memory; we pair by
-    rank, as the paper says. `scores` is [C].
+    The cyclic pairing of CAMP-HiVe (arXiv:2511.06265). `scores` is [C].
+
+    Deviation: the authors' code pairs by position in memory; this pairs by rank, as the paper says.
     """
     kept = set(keep)
     order = sorted(range(len(scores)), key=lambda c: (-float(scores[c]), c))
@@ -225,6 +249,10 @@ MERGERS: dict[str, MergeRule] = {
 
 def register_merge_rule(name: str, function: MergeRule, *, wording: str, **needs: Any) -> None:
     """Add a merge rule from outside the package; `merge=name` and `--merge name` then choose it.
+
+        >>> def faint(cut):  # a hundredth of the cyclic partner takes the place of each removed channel
+        ...     return tuple(0.02 * values for values in cyclic(cut))
+        >>> register_merge_rule("faint", mixing(faint), wording="removed channels were nearly dropped", pairs=True)
 
     `function` maps a `MergeTask` to full-width weights, the columns of removed channels zero; `mixing` makes such a
     function of one that mixes kept channels. `wording` is a clause of the model card; `needs` are the other fields of

@@ -1,10 +1,11 @@
-"""What a merge rule is given: weights, a plan, calibration images, and the processes that share them."""
+"""The argument of a merge rule: weights, a plan, calibration images, and the processes that share them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import ALONE, Workers
 from hf_camphive.network.graph.tracing import Trace
@@ -12,16 +13,16 @@ from hf_camphive.network.graph.tracing import Trace
 
 @dataclass(frozen=True, eq=False)
 class MergeTask:
-    """The full-width weights `state` of a traced network, and the plan whose removed channels are to be merged.
+    """Hold the full-width weights `state` of a traced network, and the plan whose removed channels are to be merged.
 
-    `images` are calibration images [N, C, H, W], batch by batch: this process's share; `workers` sum over processes.
-    `ridge` damps least-squares fits, relative to the mean squared input; `seed` draws the rows that a fit looks at.
+    `images` is this process's share of the calibration images, in batches [N, C, H, W]; `workers` sums over processes.
+    `ridge` damps least-squares fits, relative to the mean squared input; `seed` determines the rows that a fit samples.
     """
 
     state: Mapping[str, Tensor]
     plan: PrunePlan
     trace: Trace
     images: Sequence[Tensor] = ()
-    ridge: float = 1e-4
+    ridge: float = CampHiVeConfig.ridge
     seed: int = 0
     workers: Workers = ALONE

@@ -1,7 +1,7 @@
-"""CAMP-HiVe to the letter (`granularity="weight"`): single weights are merged and zeroed. Nothing gets smaller or faster.
+"""CAMP-HiVe on single weights (`granularity="weight"`): some weights are merged into others and set to zero.
 
-It stands here so that the paper can be compared with what cuts channels. Reads and returns weights; the hook that keeps
-zeros through training is the one side effect.
+The network becomes neither smaller nor faster. This exists to compare the paper's method with channel pruning. Pure:
+reads weights and returns new ones.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,16 @@ from hf_camphive.pruning.tuning import CYCLIC_COEFFICIENT
 COEFFICIENTS = {
     "cyclic": CYCLIC_COEFFICIENT,
     "none": 0.0,
-}  # of a zeroed weight in the one that takes it up, by merge rule
+}  # share of a zeroed weight that is added to its partner, by merge rule
 
 
 def zero_weights(context: ScoringContext) -> dict[str, Tensor]:
-    """New conv and linear weights, of which `sparsity` of each tensor are zero: those of the least |v_i|.
+    """Return new convolution and linear weights, in each of which the share `sparsity` with the least |v_i| is zero.
 
-    v is the dominant eigenvector of H in weight space (CAMP-HiVe, arXiv:2511.06265). Deviation: the authors' code zeroes
-    norms' gains and biases as well, which empties channels by accident; these stay here.
+    v is the dominant eigenvector of H in weight space (CAMP-HiVe, arXiv:2511.06265).
+
+    Deviation: the authors' code also zeroes gains and biases of norms, which empties channels by accident; they are kept
+    here.
     """
     config, state = context.config, context.analysis.state
     return {
@@ -34,11 +36,15 @@ def zero_weights(context: ScoringContext) -> dict[str, Tensor]:
 
 
 def merge_weights(weight: Tensor, scores: Tensor, sparsity: float, coefficient: float) -> Tensor:
-    """W[t] += coefficient * W[s] for each cyclic pair (s, t), then W[s] = 0, for the floor(sparsity * n) lowest scores.
+    """Return a tensor whose floor(sparsity * n) weights with the lowest scores are merged into others and zero.
 
-    Both by descending score, the r-th weight to go meets kept weight r mod K (`planning.cyclic_pairs`, on the entries
-    of one tensor). Deviation: the authors' code pairs by position in memory, and at another share than one half lets
-    weights receive that go themselves. `scores` has the shape of `weight`; one weight is kept at least.
+        W[t] += coefficient * W[s],   W[s] = 0      for each cyclic pair (s, t)
+
+    With removed and kept weights each sorted by descending score, removed weight r is paired with kept weight r mod K
+    (`rules.cyclic_pairs`, on the entries of one tensor). `scores` has the shape of `weight`; at least one weight is kept.
+
+    Deviation: the authors' code pairs by position in memory, and unless half of the weights are removed, some weights
+    that are zeroed receive others.
     """
     size = weight.numel()
     gone = min(int(sparsity * size), size - 1)
@@ -50,6 +56,6 @@ def merge_weights(weight: Tensor, scores: Tensor, sparsity: float, coefficient: 
 
 
 def zero_share(net: nn.Module, names: Iterable[str]) -> float:
-    """Share of these weights that is exactly zero."""
+    """Return the share of the parameters `names` of `net` that is exactly zero, in [0, 1]."""
     tensors = [net.get_parameter(name) for name in names]
     return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
