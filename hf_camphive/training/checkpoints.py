@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one folder an epoch, of which the newest complete one stays."""
+"""Checkpoints of a training run: one folder per epoch; only the newest complete one is kept."""
 
 import json
 import shutil
@@ -16,12 +16,17 @@ from hf_camphive.core.measures import format_share
 from hf_camphive.training.precision import Precision
 
 PROGRESS_FILE = "progress.json"
-DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)
+_DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class EpochLog:
-    """After `epoch` epochs: the last one's mean training loss, last learning rate and wall time; validation top-1."""
+    """Measurements of one epoch.
+
+    `epoch` counts epochs from the start of training and is fractional where the last one is cut short. `loss` is the mean
+    training loss over the epoch's images, `learning_rate` the rate of its last step, `seconds` its wall-clock time.
+    `validation_top1` is a share in [0, 1], or None without a validation split.
+    """
 
     epoch: float
     loss: float
@@ -36,7 +41,11 @@ class EpochLog:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What a checkpoint holds beside Accelerate's own files; `generator` is the state of the shuffling."""
+    """State of a training run that Accelerate does not save itself.
+
+    `fingerprint` identifies the run (`_Trainer.fingerprint`), `steps` counts optimizer steps, and `generator` is the state
+    of the generator that shuffles the training images, in base64 (None without one).
+    """
 
     fingerprint: dict[str, Any]
     precision: Precision
@@ -46,20 +55,27 @@ class TrainingProgress:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainingProgress":
-        return cls(**values | {"epochs": tuple(EpochLog(**epoch) for epoch in values["epochs"])})
+        """Rebuild the state from the JSON values that `dataclasses.asdict` gave."""
+        return cls(**{**values, "epochs": tuple(EpochLog(**epoch) for epoch in values["epochs"])})
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The newest complete checkpoint of a run in a folder: written beside the last one, then renamed."""
+    """Store for the newest complete checkpoint of a run.
+
+    A checkpoint is written into a draft folder and renamed when it is complete; older ones are deleted afterwards. All
+    processes call `save` and `load` together.
+    """
 
     folder: Path
     accelerator: Accelerator
 
     def newest(self) -> Path | None:
+        """Return the folder of the newest complete checkpoint, or None where there is none."""
         return max(self.folder.glob("epoch-*"), key=lambda path: int(path.name.partition("-")[2]), default=None)
 
     def save(self, progress: TrainingProgress) -> None:
+        """Save everything that Accelerate prepared, and `progress`, as the newest checkpoint."""
         draft, final = self.folder / "unfinished", self.folder / f"epoch-{len(progress.epochs)}"
         if self.accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
@@ -76,7 +92,12 @@ class CheckpointStore:
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path, fingerprint: Mapping[str, Any]) -> TrainingProgress:
-        """Bring everything prepared back to the checkpoint; raises `ConfigError` where it is another run's."""
+        """Restore everything that Accelerate prepared from a checkpoint, and return the rest of the run's state.
+
+        Raises:
+            ConfigError: The checkpoint belongs to a run with another fingerprint.
+            TrainingError: The checkpoint is damaged.
+        """
         try:
             progress = TrainingProgress.from_dict(json.loads((checkpoint / PROGRESS_FILE).read_text()))
             before = progress.fingerprint
@@ -88,7 +109,7 @@ class CheckpointStore:
                     "resume with the same command, or delete that folder to finetune afresh"
                 )
             self.accelerator.load_state(str(checkpoint))
-        except DAMAGED as error:
+        except _DAMAGED as error:
             if isinstance(error, ConfigError):
                 raise
             raise TrainingError(

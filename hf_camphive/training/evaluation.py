@@ -1,6 +1,6 @@
-"""Measuring on Accelerate: accuracy over a split, and the running statistics of BatchNorm over given images.
+"""Measurements on one or several processes: accuracy over a split, and the running statistics of BatchNorm.
 
-No weight changes. Networks come in and go out unwrapped; each function gives the same result on one process and on
+No function changes a weight. Networks are passed unwrapped and stay unwrapped. Results are the same on one process and on
 several, up to the rounding of sums.
 """
 
@@ -22,16 +22,21 @@ from hf_camphive.network.modes import keeping_modes
 from hf_camphive.training.metrics import TopK
 from hf_camphive.training.precision import Batch, channels_last
 
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def evaluate_accuracy(
     net: nn.Module, loader: DataLoader, accelerator: Accelerator, split: str, description: str = "Evaluate"
 ) -> Accuracy:
-    """Accuracy of the network, in full precision, on every row of the loader exactly once.
+    """Measure top-1 and top-5 accuracy in full precision, counting every row of the loader exactly once.
 
-    On several processes each takes a share of the batches; rows that pad the last one are not counted.
-    Raises `DataError` without images, `TrainingError` where the network's outputs are not numbers.
+    The network is moved to the accelerator's device and evaluated in eval mode; its modes are restored afterwards. Batches
+    are divided among processes, and rows that pad the last batch are not counted. `split` names the rows in the result and
+    in errors, `description` labels the progress bar.
+
+    Raises:
+        DataError: The loader has no images.
+        TrainingError: The network's outputs are not finite for some images.
     """
     metric, images, broken = TopK(), 0, 0
     net.to(accelerator.device)
@@ -58,23 +63,24 @@ def evaluate_accuracy(
     return Accuracy(found["top1"], found["top5"], images, split)
 
 
-def batchnorms(net: nn.Module) -> dict[str, nn.Module]:
-    """Every BatchNorm that keeps running statistics, by name."""
+def batchnorms(net: nn.Module) -> dict[str, BatchNorm]:
+    """Return every BatchNorm module that keeps running statistics, by name."""
     return {
         name: module
         for name, module in net.named_modules()
-        if isinstance(module, BATCHNORMS) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None
     }
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], accelerator: Accelerator) -> None:
-    """Replace the running statistics of every BatchNorm by those of the loader's images; nothing else changes.
+    """Replace the running mean and variance of every BatchNorm by those of the given images; nothing else changes.
 
-    Each batch is normalised by its own statistics on the way; the mean and (unbiased) variance of all rows are merged
-    from the batches' by Chan's formula in float64, weighted by rows, so that they are exact given each norm's inputs
-    (PreciseBN; "Rethinking Batch in BatchNorm", arXiv:2105.07576). On several processes a loader's batches are shared
-    out; a sequence holds this process's share already.
+    This is PreciseBN ("Rethinking 'Batch' in BatchNorm", arXiv:2105.07576). During the pass, each batch is normalised by
+    its own statistics. The mean and unbiased variance over all rows are combined from those of the batches in float64
+    (Chan, Golub and LeVeque, 1979), weighted by the number of values, and are therefore exact for the inputs that each
+    norm received. On several processes, the batches of a `DataLoader` are divided among them; a sequence must hold this
+    process's share only.
     """
     norms = batchnorms(net)
     if not norms:
@@ -82,11 +88,10 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
     net.to(accelerator.device)
     moments: dict[str, _Moments] = {}
 
-    def observe(name: str, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def observe(name: str, norm: BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
         variance, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
+        _set_statistics(norm, mean, variance)
         seen = _Moments(x.numel() // x.shape[1], mean.cpu().double(), variance.cpu().double())
         moments[name] = moments[name].merge(seen) if name in moments else seen
 
@@ -111,20 +116,25 @@ def recalibrate_batchnorm(net: nn.Module, loader: DataLoader | Sequence[Batch], 
     for name, norm in norms.items():
         if seen := [share_of[name] for share_of in shares if name in share_of]:
             total = reduce(_Moments.merge, seen)
-            norm.running_mean.copy_(total.mean)
-            norm.running_var.copy_(total.variance * (total.count / max(1, total.count - 1)))
+            _set_statistics(norm, total.mean, total.variance * (total.count / max(1, total.count - 1)))
+
+
+def _set_statistics(norm: BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+        if buffer is not None:
+            buffer.copy_(value)
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Mean and (biased) variance per channel over `count` values, float64."""
+    """Mean [C] and biased variance [C] per channel over `count` values, in float64."""
 
     count: int
     mean: torch.Tensor
     variance: torch.Tensor
 
     def merge(self, other: "_Moments") -> "_Moments":
-        """Moments of both sets together (Chan, Golub and LeVeque, 1979)."""
+        """Return the moments of the union of both sets of values (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         share = other.count / count
         gap = other.mean - self.mean
@@ -134,7 +144,8 @@ class _Moments:
 
 
 def _length(loader: DataLoader | Sequence[Batch]) -> int | None:
+    """Return the number of batches, or None for a stream, which has no length."""
     try:
         return len(loader)
-    except TypeError:  # a stream
+    except TypeError:
         return None

@@ -1,11 +1,10 @@
-"""Training on Accelerate: finetune, or train a new head.
+"""Training with Accelerate: finetune a network, or train a new classifier only.
 
-Networks come in and go out unwrapped; each function gives the same result on one process and on several, up to the
-rounding of sums.
+Networks are passed unwrapped and stay unwrapped. Results are the same on one process and on several, up to the rounding of
+sums.
 
-Mixed precision is an autocast of ours around the forward pass, not one that Accelerate wraps around the network: the
-choice can then be made per network, and the network that comes out is as it came in. fp16 also needs a gradient
-scaler, and that one is Accelerate's.
+Mixed precision is an autocast context around the forward pass, instead of Accelerate's wrapper around the network, so that
+it can be chosen per network and nothing of it stays on the network. The gradient scaler that fp16 needs is Accelerate's.
 """
 
 import base64
@@ -16,7 +15,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -30,10 +29,11 @@ from hf_camphive.core.errors import DataError, TrainingError
 from hf_camphive.core.measures import format_precision
 from hf_camphive.core.runtime import Workers
 from hf_camphive.network.modes import keeping_modes
+from hf_camphive.network.timm_interface import timm_interface
 from hf_camphive.training.checkpoints import CheckpointStore, EpochLog, TrainingProgress
 from hf_camphive.training.evaluation import evaluate_accuracy
 from hf_camphive.training.optimization import classification_loss, keep_zeros, make_optimizer, warmup_cosine
-from hf_camphive.training.precision import Batch, autocast, channels_last, choose_precision
+from hf_camphive.training.precision import AskedPrecision, Batch, autocast, channels_last, choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +41,27 @@ HEAD_LEARNING_RATE = 1e-3
 
 
 class TrainingLoaders(Protocol):
-    """What training needs of `data.Loaders`."""
+    """The members of `data.loaders.Loaders` that training reads."""
 
-    train: DataLoader | None
-    validation: DataLoader | None
+    @property
+    def train(self) -> DataLoader | None:
+        """Batches of training images."""
+
+    @property
+    def validation(self) -> DataLoader | None:
+        """Batches of validation images; without them no accuracy is measured during training."""
 
 
 @dataclass(frozen=True)
 class FinetuneLog:
-    """A training run: its epochs, the precision of its forward passes, the number of optimizer steps."""
+    """Record of a training run: its epochs, the precision of its forward passes, and the number of optimizer steps."""
 
     epochs: tuple[EpochLog, ...]
     mixed_precision: str
     steps: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the log as JSON values."""
         return asdict(self) | {"epochs": [asdict(epoch) for epoch in self.epochs]}
 
 
@@ -68,15 +74,19 @@ def finetune(
     checkpoint_dir: Path | str | None = None,
     resume: bool = False,
 ) -> FinetuneLog:
-    """Train the network in place for `config.num_train_epochs`; the last epoch is what counts.
+    """Train a network in place for `config.num_train_epochs` epochs, and keep the weights of the last epoch.
 
-    The loss is (1 - a) CE + a T^2 KL(teacher || net) with a = `config.distillation` (0 without a teacher) and
-    T = `config.temperature` (Hinton et al., arXiv:1503.02531); the learning rate rises linearly, then falls along a
-    cosine, by optimizer steps. With a `checkpoint_dir` the state is saved there after every epoch, and with `resume`
-    a run goes on from it to the very same end. With granularity "weight" zero weights stay zero.
+    The loss is (1 - a) CE + a T^2 KL(teacher || network) with a = `config.distillation` (0 without a teacher) and
+    T = `config.temperature` (Hinton et al., arXiv:1503.02531). Per optimizer step, the learning rate rises linearly, then
+    falls along a cosine. With a `checkpoint_dir`, the state is saved there after every epoch; with `resume`, training
+    continues from it and ends with the same weights as without the interruption. With granularity "weight", weights that
+    are zero stay zero.
 
-    Raises `TrainingError` on a loss or gradient that is not a number, before it reaches the weights; `ConfigError` on a
-    checkpoint of another run.
+    Raises:
+        DataError: There are no training images, or the training split is a stream without a length.
+        TrainingError: The loss or the gradient is not finite (the weights are unchanged by that step), or the checkpoint
+            is damaged.
+        ConfigError: The checkpoint belongs to another run.
     """
     run = _TrainingSpec(
         net=net,
@@ -97,11 +107,15 @@ def finetune(
 def train_head(
     net: nn.Module, loaders: TrainingLoaders, config: CampHiVeConfig, accelerator: Accelerator
 ) -> FinetuneLog:
-    """Train only the classifier of a timm network, for `config.head_epochs` epochs of AdamW.
+    """Train only the classifier of a timm network in place, for `config.head_epochs` epochs of AdamW.
 
-    The backbone stays in eval mode: neither its weights nor its running statistics change.
+    All other modules stay in eval mode: neither their weights nor their running statistics change.
+
+    Raises:
+        DataError: There are no training images, or the training split is a stream without a length.
+        TrainingError: The loss or the gradient is not finite.
     """
-    head = set(net.get_classifier().parameters())
+    head = set(timm_interface(net).get_classifier().parameters())
     wanted = {p: p.requires_grad for p in net.parameters()}
     for p in net.parameters():
         p.requires_grad_(p in head)
@@ -125,14 +139,14 @@ def train_head(
 
 @dataclass(frozen=True)
 class _TrainingSpec:
-    """What is trained, and how; the parts in which finetuning and training a head differ."""
+    """Settings of a training run in which finetuning and training a classifier differ."""
 
     net: nn.Module
     parameters: list[nn.Parameter]
     epochs: float
-    optimizer: str
+    optimizer: Literal["sgd", "adamw"]
     learning_rate: float
-    precision: str
+    precision: AskedPrecision
     training_mode: bool
     teacher: nn.Module | None
     description: str
@@ -149,14 +163,13 @@ def _train(
 ) -> FinetuneLog:
     if run.epochs == 0:
         return FinetuneLog((), "no", 0)
-    _require_length(loaders.train)
     checkpoint = store.newest() if store and resume else None
     set_seed(config.seed, device_specific=True)
 
     with keeping_modes(run.net):
         job = _Trainer(run, loaders, config, accelerator)
         try:
-            if checkpoint is not None:
+            if store is not None and checkpoint is not None:
                 job.restore(store.load(checkpoint, job.fingerprint()))
             logger.info("%s in %s", run.description, format_precision(job.precision))
             if run.keeps_zeros:
@@ -171,7 +184,7 @@ def _train(
 
 
 class _Trainer:
-    """A training run under way: what Accelerate prepared, and how far it has come."""
+    """Run the epochs of one training run: holds what Accelerate prepared, and the steps and epochs done so far."""
 
     def __init__(
         self,
@@ -179,15 +192,16 @@ class _Trainer:
         loaders: TrainingLoaders,
         config: CampHiVeConfig,
         accelerator: Accelerator,
-    ):
+    ) -> None:
+        train = _require_length(loaders.train)
         self.run, self.config, self.accelerator = run, config, accelerator
         self.precision = choose_precision(run.precision, accelerator.device)
-        self.validation, self.generator = loaders.validation, loaders.train.generator
-        run.net.to(accelerator.device, memory_format=torch.channels_last)
+        self.validation, self.generator = loaders.validation, train.generator
+        run.net.to(accelerator.device).to(memory_format=torch.channels_last)
         if run.teacher is not None:
-            run.teacher.to(accelerator.device, memory_format=torch.channels_last).eval()
+            run.teacher.to(accelerator.device).to(memory_format=torch.channels_last).eval()
         optimizer = make_optimizer(run.optimizer, run.parameters, run.learning_rate, config.weight_decay)
-        self.model, self.optimizer, self.loader = accelerator.prepare(run.net, optimizer, loaders.train)
+        self.model, self.optimizer, self.loader = accelerator.prepare(run.net, optimizer, train)
         self.steps_per_epoch = math.ceil(len(self.loader) / accelerator.gradient_accumulation_steps)
         self.total_steps = math.ceil(round(run.epochs * self.steps_per_epoch, 6))
         warmup = round(config.warmup_ratio * self.total_steps)
@@ -199,7 +213,11 @@ class _Trainer:
         self.epochs: list[EpochLog] = []
 
     def run_epoch(self) -> None:
-        """Train until the end of the loader or of the last, perhaps shorter, epoch; then validate and log."""
+        """Train one epoch, which the total number of steps may cut short, then measure validation accuracy and log both.
+
+        Raises:
+            TrainingError: The loss or the gradient is not finite.
+        """
         began = time.perf_counter()
         loss, rate = self._train_epoch()
         top1 = None
@@ -211,11 +229,12 @@ class _Trainer:
         logger.info("%s, epoch %g of %g: %s", self.run.description, epoch, self.run.epochs, self.epochs[-1])
 
     def _train_epoch(self) -> tuple[float, float]:
+        """Train one epoch and return its mean loss over all processes and its last learning rate."""
         number = len(self.epochs) + 1
         stop = min(self.total_steps, self.steps + self.steps_per_epoch)
         summed, rows, rate = 0.0, 0, 0.0
         self.model.train(self.run.training_mode)
-        self.loader.set_epoch(number - 1)  # a streamed split is shuffled by it, also after a resumption
+        self.loader.set_epoch(number - 1)  # seeds the shuffling of a streamed split, also when resumed
         bar = Workers(self.accelerator).bar(f"{self.run.description}, epoch {number}", "step", stop - self.steps)
         try:
             for batch in self.loader:
@@ -230,7 +249,8 @@ class _Trainer:
                 if self.steps == stop:
                     break
         finally:
-            # A loader left half-way would stay Accelerate's active one, by whose end later ones are judged.
+            # Left unfinished, the loader would stay Accelerate's active one, and Accelerate would accumulate the
+            # gradients of later loaders by the end of this one.
             self.loader.end()
             bar.close()
         if self.accelerator.num_processes > 1:
@@ -240,7 +260,7 @@ class _Trainer:
         return both[0] / both[1], rate
 
     def _step(self, batch: Batch, where: str, rate: float) -> float:
-        """One batch's share of an optimizer step; its loss."""
+        """Add one batch's gradient, take an optimizer step when enough batches have been added, and return the batch's loss."""
         images = channels_last(batch["pixel_values"])
         with autocast(self.accelerator.device, self.precision):
             soft = None
@@ -249,7 +269,7 @@ class _Trainer:
                     soft = self.run.teacher(images)
             loss = classification_loss(self.model(images), batch["labels"], soft, self.config)
         value = loss.item()
-        # Every process must learn of it, or the others wait for ever.
+        # All processes must stop together: one that stopped alone would leave the others waiting for its gradient.
         if not math.isfinite(value):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
@@ -266,13 +286,13 @@ class _Trainer:
 
     def _diverged(self, what: str, where: str, rate: float) -> TrainingError:
         return TrainingError(
-            f"{self.run.description} cannot go on: {what} in {where} (learning rate {rate:.3g}). The weights were not "
-            "touched by this step. Lower --learning_rate (a tenth is a good start); where it is the very first step, "
-            "look at the images and labels, or prune less"
+            f"{self.run.description} cannot go on: {what} in {where} (learning rate {rate:.3g}). This step did not change "
+            "the weights. Lower --learning_rate (a tenth is a good start); if this is the first step, check the images "
+            "and labels, or prune less"
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run must share with a checkpoint to go on from it, as JSON gives it back."""
+        """Return, as JSON values, what a checkpoint must have in common with this run for the run to continue from it."""
         shapes = {name: list(tensor.shape) for name, tensor in self.run.net.state_dict().items()}
         values = {
             **self.config.to_dict(),
@@ -284,17 +304,19 @@ class _Trainer:
         return json.loads(json.dumps(values))
 
     def progress(self) -> TrainingProgress:
+        """Return the state to save with a checkpoint."""
         state = None if self.generator is None else base64.b64encode(bytes(self.generator.get_state())).decode()
         return TrainingProgress(self.fingerprint(), self.precision, self.steps, tuple(self.epochs), state)
 
     def restore(self, progress: TrainingProgress) -> None:
+        """Continue from the state that `CheckpointStore.load` returned."""
         self.precision, self.steps, self.epochs = progress.precision, progress.steps, list(progress.epochs)
         if progress.generator is not None:
             state = torch.frombuffer(bytearray(base64.b64decode(progress.generator)), dtype=torch.uint8)
             self.generator.set_state(state)
 
     def release(self) -> None:
-        """Give the network back as it came: without wrappers, in the usual memory layout."""
+        """Remove Accelerate's wrappers from the network and return it to contiguous memory format."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         for name in ("forward", "_is_accelerate_prepared"):
@@ -302,11 +324,17 @@ class _Trainer:
         self.run.net.to(memory_format=torch.contiguous_format)
 
 
-def _require_length(loader: DataLoader | None) -> None:
+def _require_length(loader: DataLoader | None) -> DataLoader:
+    """Return a training loader that has images and a length.
+
+    Raises:
+        DataError: It is missing, empty or a stream without a length.
+    """
     try:
         if loader is None or len(loader) == 0:
             raise DataError("there are no training images; set num_train_epochs to 0 or give a split that has some")
     except TypeError as error:
         raise DataError(
-            "the training split is streamed and has no length, so that an epoch has no end; set max_train_samples"
+            "the training split is streamed and has no length, so an epoch has no end; set max_train_samples"
         ) from error
+    return loader

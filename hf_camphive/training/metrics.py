@@ -1,6 +1,6 @@
 """`TopK`: top-1 and top-5 accuracy as an `evaluate.Metric` that needs no download.
 
-It sees plain arrays of one process; gathering over processes is the caller's part.
+It works on plain arrays of one process; the caller gathers batches over processes.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-_DESCRIPTION = "Share of images whose label is the best, or among the five best, of the predicted classes."
+_DESCRIPTION = "Share of images whose label is the first, or one of the first five, of the predicted classes."
 
 
 class TopK(evaluate.Metric):
-    """Top-1 and top-5 accuracy in [0, 1].
+    """Compute top-1 and top-5 accuracy, as shares in [0, 1].
 
-    `predictions` are logits [B, classes] (floating point) or class numbers [B, k], best first (integers);
-    `references` are labels [B]. With fewer than five classes top-5 looks at all of them.
+    `predictions` are logits [B, classes] (floating point) or class numbers [B, k] with the best class first (integers);
+    `references` are labels [B]. With fewer than five classes, top-5 takes all of them into account.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -34,7 +34,11 @@ class TopK(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: ArrayLike | torch.Tensor, references: ArrayLike | torch.Tensor) -> None:
-        """Count one batch; raises `ValueError` on logits that are not numbers."""
+        """Add one batch.
+
+        Raises:
+            ValueError: Some logits are not finite.
+        """
         super().add_batch(predictions=best_classes(predictions), references=torch.as_tensor(references).tolist())
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
@@ -43,7 +47,11 @@ class TopK(evaluate.Metric):
 
 
 def best_classes(predictions: ArrayLike | torch.Tensor, k: int = 5) -> list[list[int]]:
-    """The k best classes of each row, best first: from logits [B, classes], or classes [B, k] as they are."""
+    """Return the k classes with the largest logits of each row, best first; integers [B, k] are returned unchanged.
+
+    Raises:
+        ValueError: Some logits are not finite.
+    """
     scores = torch.as_tensor(predictions)
     if not scores.is_floating_point():
         return scores.tolist()

@@ -1,4 +1,4 @@
-"""What training descends, and by which steps: the loss, the course of the learning rate, the optimizer."""
+"""The training loss, the learning-rate schedule and the optimizers."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,11 @@ from hf_camphive.training.precision import at_least_fp32
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, teacher_logits: torch.Tensor | None, config: CampHiVeConfig
 ) -> torch.Tensor:
-    """(1 - a) CE(logits, labels) + a T^2 KL(teacher || net), means over the batch; plain CE without a teacher.
+    """Compute the loss (1 - a) CE(logits, labels) + a T^2 KL(teacher || network), averaged over the batch.
 
-    Logits [B, classes], labels [B]; a = `config.distillation`, T = `config.temperature`. In fp32 at least.
+    This is distillation as in Hinton et al. (arXiv:1503.02531): a is `config.distillation`, and T, `config.temperature`,
+    divides both logits within KL. Without a teacher the loss is the cross-entropy CE alone. Logits are [B, classes],
+    labels [B]. Computed in fp32, or in the type of the logits where that is wider.
     """
     logits = at_least_fp32(logits)
     hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -29,7 +31,11 @@ def classification_loss(
 
 
 def warmup_cosine(step: float, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at optimizer step 0 .. total - 1: `warmup` rising ones, then a half cosine."""
+    """Return the learning rate at an optimizer step, 0 .. total - 1, as a share of its peak.
+
+    The share rises linearly over the first `warmup` steps, (step + 1) / (warmup + 1), then falls along half a cosine,
+    (1 + cos(pi t)) / 2 with t = (step - warmup) / (total - warmup).
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
@@ -38,7 +44,10 @@ def warmup_cosine(step: float, warmup: int, total: int) -> float:
 def make_optimizer(
     kind: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9; norms, biases and other vectors do not decay."""
+    """Return AdamW for `kind` "adamw", else SGD with Nesterov momentum 0.9.
+
+    Weight decay applies to parameters with two or more axes only, not to biases and the scales of norms.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -50,7 +59,10 @@ def make_optimizer(
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Whatever is zero now in parameters of two or more axes is +0.0 after every step, momentum and decay or not."""
+    """Have an optimizer reset to +0.0, after each step, the entries that are zero now in parameters of two or more axes.
+
+    Momentum and weight decay therefore cannot move pruned weights away from zero.
+    """
     zeros: Mapping[nn.Parameter, Tensor] = {p: p.detach() == 0 for p in parameters if p.ndim > 1}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which precision a forward pass runs in, and the autocast of ours that it runs under."""
+"""Precision of forward passes, and the memory format of images."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -7,9 +7,10 @@ import torch
 
 Batch = Mapping[str, torch.Tensor]
 Precision = Literal["no", "bf16", "fp16"]
+AskedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
-def choose_precision(asked: Literal["auto", "no", "bf16", "fp16"], device: torch.device) -> Precision:
+def choose_precision(asked: AskedPrecision, device: torch.device) -> Precision:
     """Return the precision that finetuning on a device runs in.
 
     "auto" is bf16 on a CUDA GPU that has it natively, and fp32 elsewhere. Nothing is timed: the same command trains in
@@ -21,7 +22,7 @@ def choose_precision(asked: Literal["auto", "no", "bf16", "fp16"], device: torch
     return "bf16" if native else "no"
 
 
-def polish_precision(asked: Literal["auto", "no", "bf16", "fp16"]) -> Precision:
+def polish_precision(asked: AskedPrecision) -> Precision:
     """Return the precision that polishing runs in, on any device: fp32, or bf16 where that is asked for.
 
     Its steps are few and its goal is a small error. fp16 would need a gradient scaler.
@@ -30,16 +31,16 @@ def polish_precision(asked: Literal["auto", "no", "bf16", "fp16"]) -> Precision:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward pass of a precision; nothing in fp32."""
+    """Return the autocast context of a precision: "fp16", "bf16", or disabled for "no"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "no")
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Values in fp32, or in their own type where that is wider."""
+    """Return the tensor in fp32, or in its own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def channels_last(images: torch.Tensor) -> torch.Tensor:
-    """Images [N, C, H, W] in the memory format that convolutions are fast in."""
+    """Return images [N, C, H, W] in channels-last memory format, in which convolutions are fast."""
     return images.contiguous(memory_format=torch.channels_last)

@@ -85,4 +85,5 @@ class Calibration:
             for images, labels, indices, mask in zip(self.images, self.labels, self.indices, masks)
             if mask.any()
         ]
-        return Calibration(*zip(*batches), total) if batches else Calibration((), (), (), total)
+        images, labels, indices = zip(*batches) if batches else ((), (), ())
+        return Calibration(images, labels, indices, total)

@@ -11,6 +11,7 @@ import PIL.Image
 from torch import nn
 
 from hf_camphive.core.errors import DataError, did_you_mean
+from hf_camphive.network.timm_interface import timm_interface
 from hf_camphive.training.data.splits import stratified
 
 ALIASES = {
@@ -101,16 +102,16 @@ def class_names(feature: Any, labels: Mapping[str, np.ndarray], net: nn.Module) 
     Raises:
         DataError: A label is outside the classes, or a new classifier would have no training rows of it.
     """
-    training = next(iter(labels))
+    training, classes = next(iter(labels)), timm_interface(net).num_classes
     if names := tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ():
         _check_range(labels, len(names), _NAMED)
-    elif labels[training].max(initial=-1) < net.num_classes or not _are_classes(labels[training]):
-        names = tuple(net.pretrained_cfg.get("label_names") or ())
-        names = names if len(names) == net.num_classes else tuple(str(i) for i in range(net.num_classes))
+    elif labels[training].max(initial=-1) < classes or not _are_classes(labels[training]):
+        names = tuple(timm_interface(net).pretrained_cfg.get("label_names") or ())
+        names = names if len(names) == classes else tuple(str(i) for i in range(classes))
         _check_range(labels, len(names), _UNNAMED)
     else:
         names = tuple(str(i) for i in range(labels[training].max() + 1))
-    if len(names) != net.num_classes:
+    if len(names) != classes:
         _check_trained(labels, training, net)
     return names
 
@@ -172,7 +173,7 @@ def _cannot_open(dataset_id: str, is_folder: bool, error: BaseException) -> str:
     if is_folder:
         return (
             f"folder {dataset_id!r} cannot be read as a dataset ({reason}); it should hold parquet files, one "
-            "folder of images a class (perhaps under train/, validation/, test/), or what `save_to_disk` wrote"
+            "folder of images per class (perhaps under train/, validation/, test/), or what `save_to_disk` wrote"
         )
     if Path(dataset_id).is_file():
         return f"{dataset_id!r} is a file; give the folder that holds it"

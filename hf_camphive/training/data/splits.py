@@ -98,7 +98,8 @@ def divide(labels: Mapping[str, np.ndarray], options: SplitOptions) -> dict[str,
     roles = _roles(
         {split: bool(len(y)) and bool((y >= 0).all()) for split, y in labels.items()}, options.calibration_split
     )
-    train, validation, test, pool = (roles.get(r) for r in ("train", "validation", "test", "calibration"))
+    train, validation, test = (roles.get(role) for role in USUAL_SPLITS)
+    pool = roles["calibration"]
     free = {split: np.arange(len(y)) for split, y in labels.items()}
 
     def draw(split: str, count: int, stream: int) -> np.ndarray:
@@ -216,14 +217,14 @@ def _roles(labelled: Mapping[str, bool], calibration_split: str | None) -> dict[
             raise DataError(f"the splits are {names}: none is named train, validation or test; rename them so")
         roles["train"] = next(iter(labelled))
     for role in ("validation", "test"):
-        if roles[role] and not labelled[roles[role]]:
-            logger.warning("split %r has rows without a label and is not used", roles[role])
+        if (split := roles[role]) and not labelled[split]:
+            logger.warning("split %r has rows without a label and is not used", split)
             roles[role] = None
     pool = calibration_split or roles["train"] or roles["validation"] or roles["test"]
     if calibration_split is not None and calibration_split not in labelled:
         raise DataError(f"there is no split {calibration_split!r} to calibrate on; the splits are {names}")
-    for split in {roles["train"], pool} - {None}:
-        if not labelled[split]:
+    for split in dict.fromkeys((roles["train"], pool)):
+        if split and not labelled[split]:
             raise DataError(
                 f"split {split!r} has no labels in some of its rows (missing or -1); give labels, or remove those rows"
             )
