@@ -41,9 +41,17 @@ _NEVER_PUSHED = ["checkpoints/*", "*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt"
 class Base(Protocol):
     """The parts of `hub.loading.BaseModel` that saving needs."""
 
-    architecture: str
-    model_args: dict[str, Any]
-    label_names: tuple[str, ...] | None
+    @property
+    def architecture(self) -> str:
+        """Name of the timm architecture."""
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of `timm.create_model`."""
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Name of each class."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Comparing methods: a grid of runs on one network, each from the dense weights, kept as it comes and never run twice.
+"""Comparison of methods: a grid of runs on one network, each from the dense weights, saved as they finish, never repeated.
 
-Every run is the pruner's own; only what they can share is shared: the network, the images, and the scores of the dense
-network, which do not depend on what is done with them. A method that is not in `SCORERS` is a function that makes a plan.
+Runs use the pruner's own cycle (`PruningCycle`). They share the network, the images, and the scores of the dense network,
+which depend on neither merge rule nor ratio. A method that is not in `SCORERS` is a function that makes a plan.
 """
 
 import copy
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import FileLock
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from hf_camphive.core.config import CampHiVeConfig
@@ -38,6 +38,7 @@ from hf_camphive.hub.loading import BaseModel, weights_fingerprint
 from hf_camphive.hub.plots import DPI
 from hf_camphive.network.footprint import count_macs, count_parameters
 from hf_camphive.network.graph.tracing import Trace
+from hf_camphive.network.timm_interface import timm_interface
 from hf_camphive.pruning.scoring.criteria import SCORERS, Scores
 from hf_camphive.runs.comparison_plot import draw_comparison
 from hf_camphive.runs.cycle import PruningCycle
@@ -50,15 +51,15 @@ from hf_camphive.training.finetuning import finetune
 logger = logging.getLogger(__name__)
 RESULTS, CSV, TABLE, PLOT = "results.json", "results.csv", "results.md", "results.png"
 GRID = ("criterion", "merge", "target_macs", "cycles", "calibration_size", "seed")
-"""Fields of the config that the cells of a grid decide; all others are settings that the whole comparison shares."""
-MAX_BYTES_IN_MEMORY = 2**30  # test images are decoded once where they take no more memory than this
+"""Fields of the config that the cells of a grid set; all runs of a comparison share the others."""
+MAX_BYTES_IN_MEMORY = 2**30  # test images are decoded once if they take no more memory than this
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method that is not in `SCORERS` is given: a network, its channel groups, images and MACs per image to leave.
+    """Input of a method that is not in `SCORERS`: a network, its trace, images, and the MACs per image to leave.
 
-    The network may be used freely, as a copy; the plan is for `trace.groups`.
+    `net` is a copy that the method may change. The plan must be made for the groups `trace.groups`.
     """
 
     net: nn.Module
@@ -79,19 +80,22 @@ def grid(
     cycles: Iterable[int] = (1,),
     calibration_sizes: Iterable[int] = (1024,),
 ) -> tuple[Cell, ...]:
-    """Every combination once, seed after seed, so that all methods have a first figure soon."""
+    """Return every combination once, one seed after the other, so that all methods have a first result soon."""
     combinations = product(range(seeds), calibration_sizes, methods, cycles, merges, ratios)
     cells = (Cell(method, merge, ratio, n, size, seed) for seed, size, method, n, merge, ratio in combinations)
     return tuple(dict.fromkeys(cells))
 
 
 class Comparison:
-    """Runs cells one by one and keeps what they measure in `folder`: results.json, results.csv, results.md, results.png.
+    """Run cells one by one and save their measurements in `folder`: results.json, results.csv, results.md, results.png.
 
-    `config` holds the settings that all runs share (its grid fields are ignored); `load` opens the data for a config,
-    whose seed and calibration size choose the calibration images; `data` says what data that is, for the files.
-    `methods` are methods besides the criteria, by name. The same folder may be filled by several processes at a time.
-    Raises `ConfigError` where the folder's results are those of other settings, `OutputError` where it holds other files.
+    `config` holds the settings that all runs share (its grid fields are ignored). `load` opens the data for a config,
+    whose seed and calibration size choose the calibration images; `data` describes that data in the files. `methods` are
+    methods besides the criteria, by name. Several launches may fill the same folder at a time.
+
+    Raises:
+        ConfigError: The results in the folder have other settings.
+        OutputError: The folder holds other files, or damaged results.
     """
 
     def __init__(
@@ -106,20 +110,26 @@ class Comparison:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.base, self.load = base, load
-        self.config = replace(config, polish_steps=config.polish_steps or 0)  # unasked, it would hide what methods do
+        self.config = replace(
+            config, polish_steps=config.polish_steps or 0
+        )  # by default no polishing, which would hide differences between methods
         self.folder = Path(folder).expanduser().resolve()
         self.methods = dict(methods or {})
         self.accelerator = accelerator or make_accelerator(config)
         self.settings = _settings(base, self.config, data)
         self.results = self._kept()
-        self.dense = copy.deepcopy(base.net).to(self.accelerator.device, memory_format=torch.channels_last).eval()
+        self.dense = copy.deepcopy(base.net).to(self.accelerator.device).to(memory_format=torch.channels_last).eval()
         self._images: tuple[tuple[int, int], _Images] | None = None
         self._scores: dict[tuple[str, int, int], tuple[Scores, float]] = {}
 
     def run(self, cells: Sequence[Cell]) -> Results:
-        """Run those cells that are not done yet; a cell that cannot be run is noted with the reason, and tried next time.
+        """Run the cells that have no row yet, and return all results.
 
-        Raises `ConfigError` or `PlanError` on cells that cannot work, before any of them is run.
+        A cell that fails is recorded with the reason, and tried again next time.
+
+        Raises:
+            ConfigError: A cell cannot work (checked before any cell is run), or the data do not suit the network.
+            PlanError: The budget of a cell cannot be met (checked before any cell is run).
         """
         self.check(cells)
         todo = [cell for cell in cells if cell not in self.results.done()]
@@ -127,23 +137,21 @@ class Comparison:
         with tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run", disable=not shown) as bar:
             for cell in todo:
                 bar.set_description(str(cell))
-                try:
-                    row = self._run(cell)
-                except (PlanError, ReconstructionError, TrainingError) as error:
-                    logger.warning("%s failed: %s", cell, error)
-                    self._keep(lambda results, cell=cell, error=error: results.with_failure(cell, str(error)))
-                else:
-                    logger.info("%s: top-1 %s in %s", cell, format_share(row.final), _seconds(row))
-                    self._keep(lambda results, row=row: results.with_row(row))
+                self._try(cell)
                 bar.update()
         return self.results
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise `ConfigError` or `PlanError` where a cell cannot work; needs no data."""
+        """Check, without data, that all cells can work.
+
+        Raises:
+            ConfigError: A cell names an unknown method or merge rule, or its settings contradict one another.
+            PlanError: The budget of the largest ratio cannot be met.
+        """
         if not cells:
             raise ConfigError("there is nothing to compare; name at least one method, merge rule, ratio and seed")
         if not self.config.cuts_channels:
-            raise ConfigError("a comparison is at ratios of MACs, of which single weights save none; cut channels")
+            raise ConfigError("a comparison is by ratios of MACs, and zeroing single weights saves none; cut channels")
         for cell in cells:
             _choice("method", cell.method, {**SCORERS, **self.methods})
             _choice("merge rule", cell.merge, MERGE_RULES)
@@ -158,29 +166,33 @@ class Comparison:
 
     # One run
 
+    def _try(self, cell: Cell) -> None:
+        """Run one cell, and save its row, or the reason why it failed."""
+        try:
+            row = self._run(cell)
+        except (PlanError, ReconstructionError, TrainingError) as error:
+            reason = str(error)
+            logger.warning("%s failed: %s", cell, reason)
+            self._save(lambda results: results.with_failure(cell, reason))
+        else:
+            logger.info("%s: top-1 %s in %s", cell, format_share(row.final), _seconds(row))
+            self._save(lambda results: results.with_row(row))
+
     def _run(self, cell: Cell) -> Row:
         config, images = self._config(cell), self._images_of(cell)
         run = PruningCycle(self.base, config, self.accelerator)
-        rule = MERGE_RULES[cell.merge]
-        while not run.finished:
-            plan = self._plan(run, cell, images.calibration)
-            cut = run.apply(plan, images.calibration, recalibrate=False)
-            if rule.recalibrates or run.finished:
-                recalibrated = copy.deepcopy(cut)
-                with run.log.timed("recalibrate"):
-                    recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
-            run.net = recalibrated if rule.recalibrates else cut
-        accuracies = [images.accuracy(net, self.accelerator).top1 for net in (cut, recalibrated)]
+        pruned, recalibrated = self._prune(run, cell, images)
         polished = None
         if config.label_free_steps:
             polished = images.accuracy(run.polish(images.calibration), self.accelerator).top1
         return Row(
-            cell,
-            images.dense.top1,
-            *accuracies,
+            cell=cell,
+            dense=images.dense.top1,
+            pruned=pruned,
+            recalibrated=recalibrated,
             polished=polished,
             finetuned=self._finetuned(run, images) if config.num_train_epochs else None,
-            recalibrates=rule.recalibrates,
+            recalibrates=MERGE_RULES[cell.merge].recalibrates,
             images=images.dense.images,
             split=images.split,
             calibration=images.loaders.info.splits["calibration"],
@@ -193,8 +205,24 @@ class Comparison:
             notes=tuple(run.log.notes),
         )
 
+    def _prune(self, run: PruningCycle, cell: Cell, images: "_Images") -> tuple[float, float]:
+        """Run all cycles; return the last network's top-1 as it was cut, and with recalibrated BatchNorm.
+
+        Afterwards `run.net` is the one of the two that the merge rule delivers.
+        """
+        rule = MERGE_RULES[cell.merge]
+        while not run.finished:
+            plan = self._plan(run, cell, images.calibration)
+            cut = run.apply(plan, images.calibration, recalibrate=False)
+            if rule.recalibrates or run.finished:
+                recalibrated = copy.deepcopy(cut)
+                with run.log.timed("recalibrate"):
+                    recalibrate_batchnorm(recalibrated, images.calibration.batches, self.accelerator)
+            run.net = recalibrated if rule.recalibrates else cut
+        return images.accuracy(cut, self.accelerator).top1, images.accuracy(recalibrated, self.accelerator).top1
+
     def _plan(self, run: PruningCycle, cell: Cell, calibration: Calibration) -> PrunePlan:
-        """The next cycle's plan; the scores of the dense network are worked out once for all merge rules and ratios."""
+        """Return the next cycle's plan; the dense network is scored once for all merge rules and ratios."""
         if cell.method in self.methods:
             return self._foreign_plan(run, cell, calibration)
         key = (cell.method, cell.calibration_size, cell.seed)
@@ -210,6 +238,7 @@ class Comparison:
         return plan
 
     def _foreign_plan(self, run: PruningCycle, cell: Cell, calibration: Calibration) -> PrunePlan:
+        """Return the next cycle's plan by a method from `methods`."""
         _, targets = run.next_targets()
         with run.log.timed("plan"):
             problem = Problem(
@@ -218,11 +247,12 @@ class Comparison:
             return replace(self.methods[cell.method](problem), criterion=cell.method, merge=cell.merge)
 
     def _finetuned(self, run: PruningCycle, images: "_Images") -> float:
-        """Top-1 after finetuning what the merge rule delivers, in place; every run sees its images in the same order."""
+        """Finetune `run.net` in place, with the images in the same order for every run, and return its top-1."""
         net = run.net
         set_seed(run.config.seed)
-        if (order := images.loaders.train.generator) is not None:
-            order.manual_seed(run.config.seed)
+        train = images.loaders.train
+        if train is not None and train.generator is not None:
+            train.generator.manual_seed(run.config.seed)
         with run.log.timed("finetune"):
             finetune(net, images.loaders, run.config, self.accelerator, self.dense)
         return images.accuracy(net, self.accelerator).top1
@@ -230,6 +260,11 @@ class Comparison:
     # What runs share
 
     def _config(self, cell: Cell) -> CampHiVeConfig:
+        """Return the config of a cell's run.
+
+        Raises:
+            ConfigError: The cell's settings cannot work.
+        """
         if not 1 < cell.ratio < float("inf"):
             raise ConfigError(f"ratio {cell.ratio:g} must be above 1: 2.1 means 2.1 times fewer MACs")
         criterion = self.config.criterion if cell.method in self.methods else cell.method
@@ -244,10 +279,10 @@ class Comparison:
         )
 
     def _images_of(self, cell: Cell) -> "_Images":
-        """Calibration and test images of a cell; those of the last cell are kept."""
+        """Return the calibration and test images of a cell; those of the last cell are kept in memory."""
         key = (cell.seed, cell.calibration_size)
         if self._images is None or self._images[0] != key:
-            self._images = None  # frees the memory of the last ones first
+            self._images = None  # frees the memory of the last images first
             loaders = self.load(self._config(cell))
             self._images = key, _Images.of(loaders, cell.calibration_size, self.dense, self.config, self.accelerator)
         return self._images[1]
@@ -255,7 +290,12 @@ class Comparison:
     # The folder
 
     def _kept(self) -> Results:
-        """The results in the folder, or none; nothing is written yet."""
+        """Return the results in the folder, or results without rows; writes nothing.
+
+        Raises:
+            ConfigError: The results have other settings.
+            OutputError: The folder holds other files, or damaged results.
+        """
         path = self.folder / RESULTS
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; choose another --output-dir")
@@ -269,13 +309,18 @@ class Comparison:
         results = Results.from_json(path.read_text(encoding="utf-8"), str(path))
         if changes := differences(results.settings, self.settings):
             raise ConfigError(
-                f"the results in {self.folder} are those of other settings ({'; '.join(changes)}); go on with the same "
+                f"the results in {self.folder} are those of other settings ({'; '.join(changes)}); continue with the same "
                 "options, or choose another --output-dir"
             )
         return results
 
-    def _keep(self, change: Callable[[Results], Results]) -> None:
-        """Change the results on disk, where another process may have added to them meanwhile; each file is replaced whole."""
+    def _save(self, change: Callable[[Results], Results]) -> None:
+        """Apply a change to the results on disk, to which other launches may have added rows, and rewrite all files.
+
+        Raises:
+            ConfigError: Another launch has written results with other settings.
+            OutputError: The results on disk are damaged.
+        """
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{RESULTS}.lock"):
@@ -290,6 +335,7 @@ class Comparison:
             self.results = change(self.results)
 
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Have `write` write a temporary file, and rename it to `name`, so that no reader finds half a file."""
         path = self.folder / name
         temporary = path.with_name(f".{name}.{os.getpid()}{path.suffix}")
         write(temporary)
@@ -298,7 +344,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of a seed: for calibration in memory, for testing in memory where they fit, and the dense accuracy."""
+    """Images of a seed, and the accuracy of the dense network on them.
+
+    Calibration images are held in memory, test images as far as `MAX_BYTES_IN_MEMORY` allows.
+    """
 
     loaders: Loaders
     calibration: Calibration
@@ -310,9 +359,15 @@ class _Images:
     def of(
         cls, loaders: Loaders, asked: int, net: nn.Module, config: CampHiVeConfig, accelerator: Accelerator
     ) -> "_Images":
-        if net.num_classes != len(loaders.info.label_names):
+        """Collect the calibration images, of which `asked` are needed, and evaluate the dense network.
+
+        Raises:
+            ConfigError: The dataset has other classes, no training split to finetune on, or too few images.
+        """
+        classes = timm_interface(net).num_classes
+        if classes != len(loaders.info.label_names):
             raise ConfigError(
-                f"the network has {net.num_classes} classes, the dataset {len(loaders.info.label_names)}; give a dataset "
+                f"the network has {classes} classes, the dataset {len(loaders.info.label_names)}; give a dataset "
                 "that the network was trained for"
             )
         if config.num_train_epochs and loaders.train is None:
@@ -330,11 +385,12 @@ class _Images:
         return cls(loaders, calibration, test, split, dense)
 
     def accuracy(self, net: nn.Module, accelerator: Accelerator) -> Accuracy:
+        """Evaluate a network on the test images."""
         return evaluate_accuracy(net, self.test, accelerator, self.split)
 
 
 def _in_memory(loader: DataLoader) -> DataLoader:
-    """The loader with its rows decoded once and for all, where they fit into `MAX_BYTES_IN_MEMORY`; else as it is."""
+    """Return a loader of the same rows, decoded in memory; the given one if they exceed `MAX_BYTES_IN_MEMORY`."""
     rows: list[dict[str, Any]] = []
     for batch in loader:
         rows += [
@@ -343,11 +399,11 @@ def _in_memory(loader: DataLoader) -> DataLoader:
         ]
         if len(rows) * rows[0]["pixel_values"].nbytes > MAX_BYTES_IN_MEMORY:
             return loader
-    return DataLoader(rows, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    return DataLoader(cast(Dataset[dict[str, Any]], rows), batch_size=loader.batch_size, collate_fn=loader.collate_fn)
 
 
 def _settings(base: BaseModel, config: CampHiVeConfig, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What all rows of one file have in common, as JSON has it."""
+    """Return, as JSON values, the settings that all rows of one file share."""
     shared = {key: value for key, value in config.to_dict().items() if key not in ("schema", *GRID)}
     described = {key: published(value) if isinstance(value, str) else value for key, value in data.items()}
     model = {"model": published(base.model_id), "architecture": base.architecture, "revision": base.revision}

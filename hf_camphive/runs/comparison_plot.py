@@ -1,4 +1,4 @@
-"""The plot of a comparison: accuracy over MACs, one line a recipe."""
+"""The plot of a comparison: accuracy over MACs, one line per recipe (a cell without ratio and seed)."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
 def draw_comparison(results: Results) -> Figure:
-    """Top-1 over MACs at the end of each run: a line for each method, its band one standard deviation over seeds.
+    """Draw top-1 over MACs at the end of each run: one line per recipe, with a band of one standard deviation over seeds.
 
-    Where some were run at several ratios, those that were not are left to the tables: they are points above each other.
+    If any recipe was run at several ratios, recipes with a single ratio are left out, as each would be a single point.
     """
     points_of: dict[Cell, list[Summary]] = {}
     for summary in results.summaries():
@@ -33,9 +33,9 @@ def draw_comparison(results: Results) -> Figure:
         tops = [point.of(lambda row: 100 * row.final) for point in points]
         middle, band = np.array([top.mean for top in tops]), np.array([top.deviation or 0.0 for top in tops])
         line, marker = STYLES[i // len(LINES) % len(STYLES)]
-        style = {"color": LINES[i % len(LINES)], "linewidth": 1.6}
-        axes.plot(macs, middle, linestyle=line, marker=marker, markersize=4, label=name, **style)
-        axes.fill_between(macs, middle - band, middle + band, color=style["color"], alpha=0.15, linewidth=0)
+        colour = LINES[i % len(LINES)]
+        axes.plot(macs, middle, linestyle=line, marker=marker, markersize=4, label=name, color=colour, linewidth=1.6)
+        axes.fill_between(macs, middle - band, middle + band, color=colour, alpha=0.15, linewidth=0)
     dense = 100 * float(np.mean([row.dense for row in results.rows]))
     axes.axhline(dense, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {dense:.2f} %")
     axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
@@ -50,7 +50,7 @@ def draw_comparison(results: Results) -> Figure:
 
 
 def _distinct_names(recipes: Sequence[Cell]) -> dict[Cell, str]:
-    """The name of each recipe: its method, and whatever else is not the same in all of them."""
+    """Return a name for each recipe: its method, and the settings that are not the same for all recipes."""
 
     def varies(name: str) -> bool:
         return len({getattr(recipe, name) for recipe in recipes}) > 1

@@ -1,7 +1,7 @@
-"""The steps of a cycle: trace -> score -> plan -> merge -> cut, and the polish after the last one.
+"""The steps of a pruning cycle: trace -> score -> plan -> merge -> cut, and the polishing after the last cycle.
 
-Each step is a function of another module; `PruningCycle` holds what lies between them: the network as it is now and the
-plans that led to it. It reads no dataset, measures no accuracy and writes no file.
+Each step is a function of another module; `PruningCycle` holds the state between steps: the current network and the plans
+that were applied to it. It opens no dataset, measures no accuracy and writes no file.
 """
 
 import copy
@@ -20,7 +20,8 @@ from hf_camphive.core.plan import PrunePlan
 from hf_camphive.core.runtime import RunLog, Workers, make_accelerator
 from hf_camphive.hub.loading import BaseModel, as_base
 from hf_camphive.network.analysis import NetworkAnalysis
-from hf_camphive.network.surgery.cutting import State, apply_plan
+from hf_camphive.network.surgery.cutting import apply_plan
+from hf_camphive.network.timm_interface import input_size
 from hf_camphive.pruning.merging.rules import merge, with_pairs
 from hf_camphive.pruning.merging.task import MergeTask
 from hf_camphive.pruning.merging.weights import zero_share, zero_weights
@@ -42,14 +43,20 @@ from hf_camphive.training.precision import polish_precision
 
 logger = logging.getLogger(__name__)
 _IMPLANTS_START = {True: "fitted by least squares", False: "which nothing reads before finetuning"}
+_NO_IMAGES = Calibration((), (), (), 0)
 Batches = Iterable[Mapping[str, Tensor]]
 
 
 class PruningCycle:
-    """A copy of a network on its way through the cycles.
+    """Prune a copy of a network in cycles, one step at a time.
 
-    `net` is the network as it is now, `dense` as it was, `plans` what was done in between. `scores` are those of the last
-    plan; `log` holds the seconds of each step and notes for the reader.
+    `net` is the current network and `dense` the network before the first cycle; `plans` are the plans applied in between.
+    `scores` are those of the last plan, [C] per group of C channels. `log` holds the seconds of each step, and notes for the
+    report.
+
+    Raises:
+        ModelError: The network cannot be found, read or pruned.
+        ConfigError: The processes were launched in a way that cannot work (`make_accelerator`).
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class PruningCycle:
         self.start_from(as_base(model))
 
     def start_from(self, base: BaseModel) -> None:
-        """Begin anew with a copy of this network."""
+        """Restart from a copy of this network, without plans."""
         self.base = base
         self.net = self.dense = self.placed(copy.deepcopy(base.net))
         self.plans: list[PrunePlan] = []
@@ -75,19 +82,19 @@ class PruningCycle:
         self._goal: tuple[NetworkAnalysis, CostModel, dict[str, float]] | None = None
         self._exterior: frozenset[str] | None = None
 
-    def go_on_with(self, net: nn.Module, plans: Iterable[PrunePlan]) -> None:
-        """Go on with a network that an interrupted run left, and the plans that led to it."""
+    def continue_from(self, net: nn.Module, plans: Iterable[PrunePlan]) -> None:
+        """Continue with the network of an interrupted run, and the plans that were applied to it."""
         self.net, self.plans = self.placed(net), list(plans)
 
     def name_labels(self, names: Iterable[str]) -> None:
-        """Name the classes after those of the dataset, where the base does not name them."""
+        """Set the names of the classes, unless the base model has names already."""
         if self.base.label_names is None:
             self.base = replace(self.base, label_names=tuple(names))
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Size (C, H, W) of the images that the network was made for."""
-        return tuple(self.base.net.pretrained_cfg["input_size"])
+        return input_size(self.base.net)
 
     @property
     def finished(self) -> bool:
@@ -96,7 +103,7 @@ class PruningCycle:
 
     @property
     def analysis(self) -> NetworkAnalysis:
-        """Structure of the network as it is now, its channel groups tested by experiment; worked out once per network."""
+        """Structure of the current network, with its channel groups tested by experiment; computed once per network."""
         if self._analysed is None or self._analysed[0] is not self.net:
             with self.log.timed("trace"):
                 self._analysed = self.net, NetworkAnalysis.of(self.net, self.input_size, self.config.seed)
@@ -104,7 +111,7 @@ class PruningCycle:
 
     @property
     def out_of_scope(self) -> frozenset[str]:
-        """Groups of the dense network that the run was asked to leave alone; a resumed run has to trace it for them."""
+        """Names of the dense network's groups that `config.scope` excludes from pruning; a resumed run traces it to find them."""
         if self.config.scope == "all":
             return frozenset()
         if self._exterior is None:
@@ -112,7 +119,7 @@ class PruningCycle:
         return self._exterior
 
     def check_budget(self) -> None:
-        """Check, without data, that something can be pruned and that the floors allow the budget.
+        """Check, without data, that something can be pruned and that the budget can be met within the width limits.
 
         Raises:
             PlanError: Nothing can be pruned, or the budget cannot be met.
@@ -120,7 +127,7 @@ class PruningCycle:
         self.next_targets()
 
     def next_targets(self) -> tuple[CostModel, dict[str, float]]:
-        """Return the costs of the network as it is now, and what the next cycle should leave of each; worked out once.
+        """Return the cost model of the current network and, by cost, the value that the next cycle should reach.
 
         Raises:
             PlanError: Nothing can be pruned, or the budget cannot be met.
@@ -140,11 +147,12 @@ class PruningCycle:
         checkpoint: SolverCheckpoint | None = None,
         scores: Scores | None = None,
     ) -> PrunePlan:
-        """Score the channels of the network as it is now, and plan the next cycle. No weight is touched.
+        """Score the channels of the current network and plan the next cycle, without changing a weight.
 
-        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. A criterion that iterates keeps its state in
-        `checkpoint` and starts from what is there. `scores` worked out before, on the same network and images, are used
-        as they are. With granularity "weight" the plan cuts nothing; `apply` then scores and zeroes weights.
+        `calibration` yields {"pixel_values": [N, C, H, W], "labels": [N]}. An iterative criterion saves its state in
+        `checkpoint` and starts from the state found there. `scores` computed before, on the same network and images,
+        replace the scoring. With granularity "weight" the plan cuts nothing; `apply` then scores weights and sets some to
+        zero.
 
         Raises:
             PlanError: The budget cannot be met, or the network has nothing to prune.
@@ -164,9 +172,9 @@ class PruningCycle:
     def apply(
         self, plan: PrunePlan, calibration: Batches | Calibration | None = None, recalibrate: bool = True
     ) -> nn.Module:
-        """Merge, cut and, where the merge rule asks for it, recalibrate BatchNorm; returns the new `net`.
+        """Merge and cut the channels of a plan, recalibrate BatchNorm if the merge rule does, and return the new `net`.
 
-        Without `recalibrate` the last step is left to the caller.
+        With `recalibrate` unset, the caller does the last step.
 
         Raises:
             PlanError: The plan was made for another network.
@@ -174,24 +182,22 @@ class PruningCycle:
         """
         rule = MERGE_RULES[plan.merge]
         if calibration is None and (rule.reads_images or rule.recalibrates):
-            raise ConfigError(
-                f"merge rule {plan.merge!r} looks at images; pass the calibration loader to apply as well"
-            )
-        calibration = None if calibration is None else self._fitted(self.collected(calibration))
+            raise ConfigError(f"merge rule {plan.merge!r} reads images; pass the calibration loader to apply as well")
+        images = _NO_IMAGES if calibration is None else self._fitted(self.collected(calibration))
         if plan.groups != self.analysis.groups:
             raise PlanError(
                 "this plan was made for another network: its channel groups differ from those of this one; call plan again"
             )
         if not self.config.cuts_channels:
-            self.net = self._with_zeros(calibration)
+            self.net = self._with_zeros(images)
         else:
             with self.log.timed("merge"):
-                state = self._merged(plan, calibration)
+                state = merge(self._task(plan, images.images))
             with self.log.timed("cut"):
                 self.net = apply_plan(self.net, plan, self.analysis.trace, state)
         if rule.recalibrates and recalibrate:
             with self.log.timed("recalibrate"):
-                recalibrate_batchnorm(self.net, calibration.batches, self.accelerator)
+                recalibrate_batchnorm(self.net, images.batches, self.accelerator)
         self.plans.append(plan)
         if plan.implants:
             self.log.notes.append(
@@ -201,9 +207,9 @@ class PruningCycle:
         return self.net
 
     def polish(self, calibration: Batches | Calibration) -> nn.Module:
-        """Bring the logits of `net` nearer to the dense network's by label-free steps, in place.
+        """Bring the logits of `net` closer to the dense network's by label-free steps, in place.
 
-        The images that judge are those that `apply` held out of the merge.
+        A step is kept only as far as it lowers the error on the images that `apply` held out of the merge.
         """
         fitted, held_out = self.collected(calibration).split(HOLDOUT_STRIDE)
         with self.log.timed("polish"):
@@ -220,8 +226,8 @@ class PruningCycle:
         return self.net
 
     def placed(self, net: nn.Module) -> nn.Module:
-        """Move a network to this process's device, channels last, in eval mode."""
-        return net.to(self.accelerator.device, memory_format=torch.channels_last).eval()
+        """Move a network to this process's device, in channels-last format and eval mode."""
+        return net.to(self.accelerator.device).to(memory_format=torch.channels_last).eval()
 
     def collected(self, calibration: Batches | Calibration) -> Calibration:
         """Return this process's share of the calibration images, held in memory."""
@@ -233,11 +239,8 @@ class PruningCycle:
         analysis, config = self.analysis, self.config
         return MergeTask(analysis.state, plan, analysis.trace, tuple(images), config.ridge, config.seed, self.workers)
 
-    def _merged(self, plan: PrunePlan, calibration: Calibration | None) -> State:
-        return merge(self._task(plan, calibration.images if calibration else ()))
-
     def _recalibrated(self, calibration: Calibration) -> nn.Module | None:
-        """Return a copy with BatchNorm recalibrated, where the merge rule left its statistics as they were."""
+        """Return a copy with recalibrated BatchNorm, or None if the merge rule has recalibrated `net` already."""
         if MERGE_RULES[self.config.merge].recalibrates:
             return None
         net = copy.deepcopy(self.net)
@@ -245,14 +248,14 @@ class PruningCycle:
         return net
 
     def _fitted(self, calibration: Calibration) -> Calibration:
-        """Return the images that a merge may fit: all but those that judge the polishing, where there is one."""
+        """Return the images that a merge may fit: all, except those held out for the polishing if there is one."""
         return calibration.split(HOLDOUT_STRIDE)[0] if self.config.label_free_steps else calibration
 
     def _context(self, calibration: Calibration, checkpoint: SolverCheckpoint | None = None) -> ScoringContext:
         return ScoringContext(self.analysis, calibration, self.config, self.workers, checkpoint)
 
     def _with_zeros(self, calibration: Calibration) -> nn.Module:
-        """Return a copy of the network with its less significant weights merged and zeroed, and note how many are."""
+        """Return a copy of the network with its least important weights merged and set to zero, and note their share."""
         net, positions = copy.deepcopy(self.net), self.analysis.trace.positions
         with self.log.timed("score and merge"), torch.no_grad():
             for name, weight in zero_weights(self._context(calibration)).items():
@@ -264,7 +267,7 @@ class PruningCycle:
         return net
 
     def _operations(self, analysis: NetworkAnalysis, costs: CostModel) -> tuple[CostTerm, ...]:
-        """Return what takes the network's time, measured by the main process, so that all plan by the same table."""
+        """Return the latency terms of the network's operations, timed on the main process so that all plans are equal."""
         table = self._table = self._table or LatencyTable(self.accelerator.device)
         config = self.config
         request = LatencyRequest(
@@ -278,6 +281,7 @@ class PruningCycle:
             return latency_terms(self.net, analysis, table, request, self.workers)
 
     def _planned(self, costs: CostModel, targets: dict[str, float], early_weight: float) -> PrunePlan:
+        """Return the plan by the last scores, weighted by depth, with implants and merge pairs where they are configured."""
         scores = weighed(self.scores, costs.groups, early_weight)
 
         def plan_for(macs: float) -> PrunePlan:
@@ -290,29 +294,31 @@ class PruningCycle:
         return with_pairs(plan, scores)
 
     def _early_weight(self, costs: CostModel, targets: dict[str, float], calibration: Calibration) -> float:
-        """Weight of the first group's scores relative to the last group's: the configured value, or the best one found by trial merges."""
+        """Return the weight of the first group's scores relative to the last group's: as configured, or the best of trial merges."""
         unmerged = PrunePlan(costs.groups, costs.branches, (), (), "none", "none", costs.macs, costs.macs)
         trial = Trial(self.net, self.dense, self._task(unmerged), calibration)
         if not self.config.tries_early_weights or not trial.is_possible:
             return self.config.early_weight or 1.0
-        weight, judges = trial.early_weight(lambda weight: self._planned(costs, targets, weight))
+        weight, count = trial.early_weight(lambda weight: self._planned(costs, targets, weight))
         if weight < 1:
             self.log.notes.append(
-                f"Scores of the first group counted {weight:g} times, those of later ones more, as {judges} "
-                "calibration images held out of trial merges say."
+                f"Scores of the first group were weighted by {weight:g}, those of later groups by up to 1: the weight with "
+                f"the smallest error on {count} calibration images held out of trial merges."
             )
         return weight
 
 
-def _polish_note(polished: Polished, options: PolishOptions, judges: int) -> str:
-    """Say in a sentence what the polishing changed."""
-    if not judges:
-        return f"Not polished: fewer than {HOLDOUT_STRIDE} calibration images leave none to judge by."
+def _polish_note(polished: Polished, options: PolishOptions, held_out: int) -> str:
+    """Return a sentence that says what the polishing changed."""
+    if not held_out:
+        return f"Not polished: of fewer than {HOLDOUT_STRIDE} calibration images, none can be held out."
     moves = {
-        "BatchNorm's statistics went {:.0%} of the way to those of the calibration images": polished.statistics,
-        f"the weights went {{:.0%}} of the way of {options.steps} gradient steps towards the base's logits": polished.weights,
+        "BatchNorm's statistics moved {:.0%} of the way to those of the calibration images": polished.statistics,
+        f"the weights moved {{:.0%}} of the way of {options.steps} gradient steps towards the base's logits": polished.weights,
     }
-    by = f"as {judges} calibration images held out of the merge say"
+    by = f"chosen by the error on {held_out} calibration images held out of the merge"
     done = " and ".join(move.format(share) for move, share in moves.items() if share)
     how = "without labels" + ("" if options.precision == "no" else f", in {options.precision}")
-    return f"Polished {how}: {done}, {by}." if done else f"Not polished: no step helped, {by}."
+    if not done:
+        return f"Not polished: no step lowered the error on {held_out} calibration images held out of the merge."
+    return f"Polished {how}: {done}, {by}."

@@ -1,13 +1,14 @@
-"""What a run leaves behind so that a killed one can go on: the network after each cycle, and what was measured so far.
+"""State of a run on disk, from which a killed run is resumed: the network after each cycle, and all measurements so far.
 
-Kept as model folders like any other (no pickle). Beside them lie the block of an iteration that scores this network, and
-the training state of the finetuning, and what the run was of: the network's weights and the dataset's rows.
+Networks are kept as ordinary model folders (no pickle). The same folder holds the state of the solver that is scoring the
+current network, the training state of the finetuning, and the identity of the run: the network's weights and the dataset's
+rows.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ from hf_camphive.training.data.loaders import DatasetInfo
 
 _ITERATION, _RUN = "iteration.safetensors", "run.json"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
-_FREE = ("learning_rate",)  # only finetuning reads it, so that a run whose loss diverged can go on with a lower one
+_FREE = ("learning_rate",)  # may differ: only finetuning reads it, and a diverged run is resumed with a lower one
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A run's state between two steps. `dense` is kept only where its classifier was trained by the run itself."""
+    """State of a run between two steps; `dense` is None unless the run itself trained the dense network's classifier."""
 
     net: nn.Module
     dense: nn.Module | None
@@ -42,37 +43,39 @@ class Progress:
 
 
 def has_state(work_dir: Path) -> bool:
-    """Whether a run has kept a network in this folder, be it one that a kill left set aside."""
+    """Return whether the folder holds a network of a run, perhaps one that was being replaced when the run was killed."""
     return (work_dir / _NETWORK).exists() or any(work_dir.glob(f".{_NETWORK}.old-*"))
 
 
 def training_folder(work_dir: Path) -> Path:
-    """Where a run keeps the training state of its finetuning."""
+    """Return the folder in which a run keeps the training state of its finetuning."""
     return work_dir / _TRAINING
 
 
 @dataclass(frozen=True)
 class IterationCheckpoint:
-    """Where an iteration for eigenvectors stands, for the network that `save_progress` kept last.
+    """File that holds the state of the eigensolver, for the network that `save_progress` saved last.
 
-    All processes read it, and the one with `writes` set writes it.
+    All processes read it; only the process with `writes` set writes it.
     """
 
     work_dir: Path
     writes: bool = True
 
     def load(self) -> SolverState | None:
-        """The last state, or None. Raises `ConfigError` where the file is damaged."""
+        """Return the last state, or None where there is none.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
         path = self.work_dir / _ITERATION
         try:
             return load_file(path) if path.exists() else None
         except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error}); remove it, and the iteration starts afresh"
-            ) from error
+            raise ConfigError(f"{path} cannot be read ({error}); remove it to start the iteration afresh") from error
 
     def save(self, state: SolverState) -> None:
-        """Replace the last state whole."""
+        """Replace the last state in one step, so that a killed process leaves the old state or the new one."""
         if self.writes:
             path = self.work_dir / _ITERATION
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, path.with_suffix(".tmp"))
@@ -80,11 +83,15 @@ class IterationCheckpoint:
 
 
 def run_identity(base: BaseModel, info: DatasetInfo) -> dict[str, str | int | None]:
-    """Return what a run is of, beside its config: the weights that it starts from, and which rows serve which role.
+    """Return what identifies a run besides its config: the weights that it starts from, and the rows of each role.
 
-    Of the images only the labels are compared; pixels would have to be read for it.
+    Rows are identified by their labels; comparing pixels would mean reading all images.
     """
-    of_rows = {"split": info.splits, "rows": info.rows, "labels": info.label_digests}
+    of_rows: dict[str, Mapping[str, str | int]] = {
+        "split": info.splits,
+        "rows": info.rows,
+        "labels": info.label_digests,
+    }
     return {
         "model": published(base.model_id),
         "weights": weights_fingerprint(base.net),
@@ -100,8 +107,14 @@ def run_identity(base: BaseModel, info: DatasetInfo) -> dict[str, str | int | No
 def save_progress(
     work_dir: Path, progress: Progress, base: BaseModel, config: CampHiVeConfig, identity: dict[str, Any]
 ) -> None:
-    """Write the state of a run, replacing the last one whole; the dense network goes first, so both are there or none."""
-    Path(work_dir, _ITERATION).unlink(missing_ok=True)  # it was that of the network before
+    """Write the state of a run in place of its last one; networks that another run left in the folder are removed.
+
+    The dense network is written first, so that it is there whenever the current one is.
+
+    Raises:
+        OutputError: The folder holds something else, or cannot be written.
+    """
+    Path(work_dir, _ITERATION).unlink(missing_ok=True)  # belongs to the network before
     _claim(work_dir, identity)
     nets: Sequence[tuple[str, nn.Module, tuple[PrunePlan, ...]]] = [(_NETWORK, progress.net, progress.plans)]
     if progress.dense is not None:
@@ -112,21 +125,21 @@ def save_progress(
 
 
 def put_back(work_dir: Path) -> None:
-    """Put back the model folders that a killed run was replacing; for one process, before any reads them.
+    """Restore the model folders that a killed run was replacing; one process calls this before any process reads them.
 
     Raises:
-        OutputError: Where something else stands in their place.
+        OutputError: Something else is in their place.
     """
     for name in (_NETWORK, _DENSE):
         saving.check_output_folder(work_dir / name, overwrite=True)
 
 
 def load_progress(work_dir: Path, config: CampHiVeConfig, identity: dict[str, Any]) -> Progress | None:
-    """Read the state of a killed run, after `put_back`; None where it had kept nothing.
+    """Read the state of a killed run, after `put_back`; return None where there is none.
 
     Raises:
-        ConfigError: That run was another one: another config (save the learning rate), network or dataset. Or its state
-            is damaged, or of a version that did not record what it was of.
+        ConfigError: The run had another config (apart from the learning rate), network or dataset, or its state is damaged
+            or does not identify the run.
     """
     folder = work_dir / _NETWORK
     if not folder.exists():
@@ -134,8 +147,8 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, identity: dict[str, An
     before = _recorded(work_dir)
     if before is None:
         raise ConfigError(
-            f"the run in {work_dir} has no {_RUN} that can be read, so that whether it is the same model and dataset "
-            "cannot be checked; remove that folder to start afresh"
+            f"the run in {work_dir} has no readable {_RUN}, so whether its model and dataset are the same cannot be "
+            "checked; remove that folder to start afresh"
         )
     report = PruneReport.from_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
     saved = CampHiVeConfig.from_pretrained(folder)
@@ -157,11 +170,11 @@ def load_progress(work_dir: Path, config: CampHiVeConfig, identity: dict[str, An
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
-    """Record what the run in this folder is of; networks of another run go first, so that the two never mix."""
+    """Record the identity of the run in this folder, after removing the networks of another run."""
     if _recorded(work_dir) == identity:
         return
     for name in (_NETWORK, _DENSE):
-        saving.check_output_folder(work_dir / name, overwrite=True)  # puts back what a kill left aside
+        saving.check_output_folder(work_dir / name, overwrite=True)  # restores a folder that was being replaced
         shutil.rmtree(work_dir / name, ignore_errors=True)
     work_dir.mkdir(parents=True, exist_ok=True)
     draft = work_dir / f"{_RUN}.tmp"
@@ -170,7 +183,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
 
 
 def _recorded(work_dir: Path) -> dict[str, Any] | None:
-    """What the state in this folder is of, or None where nothing says so."""
+    """Return the identity recorded in this folder, or None where there is none that can be read."""
     try:
         found = json.loads((work_dir / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -211,7 +211,7 @@ def _all_stages(summaries: Iterable[Summary]) -> str:
         stages[delivered] = f"**{stages[delivered]}**"
         polished = [row.polished for row in summary.rows if row.polished is not None]
         finetuned = [row.finetuned for row in summary.rows if row.finetuned is not None]
-        seconds = [summary.of(lambda row, step=step: row.seconds.get(step, 0.0)).mean for step in STEPS[:3]]
+        seconds = [Spread.of(row.seconds.get(step, 0.0) for row in summary.rows).mean for step in STEPS[:3]]
         lines.append(
             [
                 *_names(summary.cell),

@@ -83,7 +83,7 @@ def test_a_trial_is_a_plan_merged_and_cut_and_judged_by_images_it_has_not_seen(m
             errors = torch.cat([net(images) - told.dense(images) for images in judges.images])
         assert loss == pytest.approx(float(errors.norm(dim=1).mean()), rel=1e-4)
     assert losses[1.0] != losses[0.01]
-    (note,) = [note for note in pruner.log.notes if "counted 0.01 times" in note]
+    (note,) = [note for note in pruner.log.notes if "weighted by 0.01" in note]
     assert "16 calibration images" in note
 
 

@@ -84,6 +84,36 @@ def test_all_raise_what_the_main_process_meets_while_saving(tmp_path):
     in_two_processes(saving, tmp_path / "mine", tmp_path / "free")
 
 
+def pushing(accelerator: Accelerator, folder: Path) -> None:
+    job = CampHiVePruner(load_base("digits_resnet"), CONFIG, accelerator)
+    job.report = job._report(None, "", latency=False)
+    pruner.draw_plots = lambda *args: None
+    pruner.saving.push_folder = pushed_by(accelerator, "https://huggingface.co/someone/small")
+    assert job.push_to_hub("someone/small") == "https://huggingface.co/someone/small"
+    pruner.saving.push_folder = pushed_by(accelerator, OutputError("not logged in"))
+    with pytest.raises(OutputError, match="not logged in"):
+        job.push_to_hub("someone/small")
+    (folder / f"done by {accelerator.process_index}").touch()
+
+
+def pushed_by(accelerator: Accelerator, outcome: str | Exception) -> Callable[..., str]:
+    """`push_folder` with a given outcome, which only the main process may call."""
+
+    def push(folder: Path, *args: Any, **kwargs: Any) -> str:
+        assert accelerator.is_main_process and (folder / "model.safetensors").is_file()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return push
+
+
+@forks
+def test_all_learn_what_became_of_a_push(tmp_path):
+    in_two_processes(pushing, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"done by 0", "done by 1"}
+
+
 def resuming(accelerator: Accelerator, work: Path) -> None:
     job = CampHiVePruner(load_base("digits_resnet"), CONFIG, accelerator)
     hub.check_output_folder = recorded(work, accelerator)

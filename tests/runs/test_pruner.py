@@ -155,14 +155,14 @@ def test_polishing_in_bf16_is_reported(monkeypatch):
     config = replace(CONFIG, criterion="magnitude", merge="none", polish_steps=20)
     notes = [pruned(replace(config, mixed_precision=precision)).log.notes[-1] for precision in ("auto", "bf16")]
     assert asked == ["no", "bf16"]
-    assert notes[0].startswith("Polished without labels: the weights went 50%")
-    assert notes[1].startswith("Polished without labels, in bf16: the weights went 50%")
+    assert notes[0].startswith("Polished without labels: the weights moved 50%")
+    assert notes[1].startswith("Polished without labels, in bf16: the weights moved 50%")
 
 
 def test_too_few_images_to_judge_by_leave_the_network_unpolished():
     config = replace(CONFIG, criterion="magnitude", merge="none", polish_steps=20, calibration_size=7)
     job = pruned(config)
-    assert "Not polished: fewer than 8 calibration images leave none to judge by." in job.log.notes
+    assert "Not polished: of fewer than 8 calibration images, none can be held out." in job.log.notes
     assert job.stages["polished"] == job.stages["pruned"]
 
 
@@ -273,7 +273,7 @@ def digits_calibration():
 def test_apply_without_images_says_why_it_needs_them():
     job = CampHiVePruner("digits_resnet", replace(CONFIG, criterion="magnitude"))
     plan = job.plan(digits_calibration())
-    with pytest.raises(ConfigError, match="'reconstruct' looks at images; pass the calibration loader"):
+    with pytest.raises(ConfigError, match="'reconstruct' reads images; pass the calibration loader"):
         job.apply(plan)
 
 
@@ -530,7 +530,9 @@ def test_other_rows_or_labels_of_the_same_dataset_are_not_resumed(killed):
 def test_a_state_whose_weights_cannot_be_checked_is_not_resumed(killed, tmp_path, damage):
     work = shutil.copytree(killed, tmp_path / "work")
     damage(work / "run.json")
-    with pytest.raises(ConfigError, match=r"whether it is the same model and dataset cannot be checked.*remove that"):
+    with pytest.raises(
+        ConfigError, match=r"whether its model and dataset are the same cannot be checked.*remove that"
+    ):
         pruned(TWO_CYCLES, work_dir=work, resume=True)
 
 
