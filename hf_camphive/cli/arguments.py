@@ -18,7 +18,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def parse(command: Callable[..., Any], arguments: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+def parse(command: Callable[..., Any], arguments: Sequence[str], *kinds: Any) -> tuple[Any, ...]:
     """Parse a command's arguments into one instance of each dataclass of options.
 
     `--help` shows the command's name and the first paragraph of its docstring. A `--preset` among the arguments sets the
@@ -52,7 +52,7 @@ def config_options(without: Sequence[str] = (), **defaults: Any) -> type:
     Choices are read when this is called, so that methods registered from outside the package are among them. `defaults`
     replace the config's. `config_from` makes a config of the parsed options.
     """
-    options = []
+    options: list[tuple[str, Any, Any]] = []
     for f in (f for f in fields(CampHiVeConfig) if f.name not in without):
         if f.name in FROM_TEXT:
             options.append((f.name, str, option("", f"{f.metadata['help']} {TEXT_EXAMPLES[f.name]}")))

@@ -207,10 +207,7 @@ class PrunePlan:
     def _from_values(cls, values: Mapping[str, Any]) -> "PrunePlan":
         return cls(
             groups=tuple(map(_group_from, values["groups"])),
-            branches=tuple(
-                Branch(**{key: tuple(value) if isinstance(value, list) else value for key, value in branch.items()})
-                for branch in values["branches"]
-            ),
+            branches=tuple(map(_branch_from, values["branches"])),
             cuts=tuple(map(_cut_from, values["cuts"])),
             dropped=tuple(values["dropped"]),
             budgets=tuple(Budget(**budget) for budget in values.get("budgets", ())),
@@ -277,6 +274,11 @@ def plans_from_json(text: str | bytes) -> tuple[PrunePlan, ...]:
         PlanError: The text is damaged or has another schema, or a plan contradicts itself.
     """
     return FORMAT.read(text, lambda values: tuple(map(PrunePlan.from_dict, values["cycles"])))
+
+
+def _branch_from(values: Mapping[str, Any]) -> Branch:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Branch(**fields)
 
 
 def _group_from(values: Mapping[str, Any]) -> ChannelGroup:

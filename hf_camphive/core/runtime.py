@@ -82,7 +82,7 @@ class Workers:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes, on the tensor's own device."""
-        if self.count == 1:
+        if self._accelerator is None or self.count == 1:
             return tensor
         return self._accelerator.reduce(tensor.to(self.device), reduction="sum").to(tensor.device)
 

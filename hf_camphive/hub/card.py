@@ -132,7 +132,7 @@ def _metadata(report: PruneReport, name: str) -> ModelCardData:
         values["datasets"] = [report.dataset_id]
     accuracy = report.stages[-1].accuracy
     if accuracy is not None:
-        common = {
+        common: dict[str, Any] = {
             "task_type": "image-classification",
             "dataset_type": _shown(report.dataset_id),
             "dataset_name": _short(report.dataset_id),
@@ -168,16 +168,16 @@ def _summary(report: PruneReport) -> str:
 
 def _time_taken(report: PruneReport) -> str:
     """The measured time of the batch that a budget of milliseconds was given for; nothing without such a budget."""
-    batch, folded = (report.config.get(f"latency_{key}") for key in ("batch_size", "folded"))
-    timed = [
+    batch, folded = report.config.get("latency_batch_size", 0), report.config.get("latency_folded")
+    before, after = (
         (stage.footprint.folded_ms if folded else stage.footprint.latency_ms).get(batch)
         for stage in (report.stages[0], report.stages[-1])
-    ]
-    if report.config.get("target_latency") is None or None in timed:
+    )
+    if report.config.get("target_latency") is None or before is None or after is None:
         return ""
-    before, after = (format_ms(latency.median) for latency in timed)
     how = ", folded as for deployment," if folded else ""
-    return f", and a batch of {batch}{how} takes {after} instead of {before}{_place(report)}"
+    times = f"{format_ms(after.median)} instead of {format_ms(before.median)}"
+    return f", and a batch of {batch}{how} takes {times}{_place(report)}"
 
 
 def _zeroes_weights(report: PruneReport) -> bool:

@@ -36,6 +36,7 @@ from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.modeling import modeling_camphive
 from hf_camphive.network.modeling.cifar import checkpoint_filter
 from hf_camphive.network.modeling.modeling_camphive import MODEL_TYPE, CampHiVeForImageClassification, check_config
+from hf_camphive.network.timm_interface import timm_interface
 
 BUNDLED = ("digits_wide_resnet", "digits_resnet")
 WEIGHTS_FILE = "model.safetensors"
@@ -147,10 +148,16 @@ def replace_head(base: BaseModel, label_names: Sequence[str], seed: int) -> Base
     # timm draws the new weights itself, from the global generator, which is seeded here and restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net.reset_classifier(len(label_names))
+        timm_interface(net).reset_classifier(len(label_names))
     names = tuple(label_names)
-    net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, "num_classes": len(names), "label_names": names}
+    _set_pretrained_config(
+        net, {**timm_interface(net).pretrained_cfg, "num_classes": len(names), "label_names": names}
+    )
     return replace(base, net=net.eval(), label_names=names)
+
+
+def _set_pretrained_config(net: nn.Module, config: dict[str, Any]) -> None:
+    timm_interface(net).pretrained_cfg = timm_interface(net).default_cfg = config
 
 
 _EXAMPLE = "timm/resnet18.a1_in1k"
@@ -188,8 +195,8 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel
             f"the weights of {model_id!r} do not fit its config.json ({_short(error)}); get both files from the same "
             "place again, or update timm"
         ) from error
-    source = net.pretrained_cfg
-    if source.get("num_classes") != net.num_classes:
+    source = timm_interface(net).pretrained_cfg
+    if source.get("num_classes") != timm_interface(net).num_classes:
         raise ModelError(
             f"config.json of {model_id!r} does not say num_classes, without which its classifier would be left "
             "untrained; add it, as timm's save_for_hf does"
@@ -200,9 +207,8 @@ def _from_folder(folder: Path, model_id: str, revision: str | None) -> BaseModel
         args.pop(name, None)
     labels = _label_names(net, config)
     # Paths of this machine must not be saved with the model.
-    net.pretrained_cfg = net.default_cfg = {k: v for k, v in source.items() if k not in ("file", "source", "url")} | {
-        "label_names": labels
-    }
+    kept = {key: value for key, value in source.items() if key not in ("file", "source", "url")}
+    _set_pretrained_config(net, kept | {"label_names": labels})
     return BaseModel(
         net=net.eval(),
         architecture=architecture,
@@ -226,8 +232,8 @@ def _from_checkpoint(name: str, file: Path) -> BaseModel:
     state = load_file(file)
     net = timm.create_model(name, device="meta")
     state = checkpoint_filter(state, net) if isinstance(net, modeling_camphive.CifarResNet) else state
-    head = net.pretrained_cfg.get("classifier")
-    classes = state.get(f"{head}.weight", net.get_classifier().weight).shape[0]
+    head = timm_interface(net).pretrained_cfg.get("classifier")
+    classes = state.get(f"{head}.weight", timm_interface(net).get_classifier().get_parameter("weight")).shape[0]
     overlay = {"file": str(file), "num_classes": classes}
     try:
         net = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
@@ -235,7 +241,8 @@ def _from_checkpoint(name: str, file: Path) -> BaseModel:
         raise ModelError(
             f"checkpoint {str(file)!r} does not fit {name!r} ({_short(error)}); name the network that it comes from"
         ) from error
-    net.pretrained_cfg = net.default_cfg = {k: v for k, v in net.pretrained_cfg.items() if k not in _SOURCES}
+    source = timm_interface(net).pretrained_cfg
+    _set_pretrained_config(net, {key: value for key, value in source.items() if key not in _SOURCES})
     # The license that timm lists for its own weights of that architecture does not apply to a user's checkpoint.
     return BaseModel(net.eval(), name, {}, name, None, None, _label_names(net, {}))
 
@@ -344,8 +351,12 @@ def _pickled(source: str, name: str) -> ModelError:
 
 
 def _label_names(net: nn.Module, config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = config.get("label_names") or net.pretrained_cfg.get("label_names")
-    if names and len(names) == net.num_classes and not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
+    names = config.get("label_names") or timm_interface(net).pretrained_cfg.get("label_names")
+    if (
+        names
+        and len(names) == timm_interface(net).num_classes
+        and not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names)
+    ):
         return tuple(str(name) for name in names)
     if subset := infer_imagenet_subset(net):  # by the number of classes, as transformers does
         info = ImageNetInfo(subset)
@@ -414,7 +425,8 @@ def from_pretrained(
     resized = kwargs.pop("ignore_mismatched_sizes", False)
     how = {**kwargs, **where, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     try:
-        model, found = CampHiVeForImageClassification.from_pretrained(source, **how)
+        loaded: Any = CampHiVeForImageClassification.from_pretrained(source, **how)
+        model, found = loaded  # a pair, by output_loading_info
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, HTTPError) as error:
         raise _damaged(source, first_line(error)) from error
     if found["missing_keys"]:

@@ -6,6 +6,7 @@ apart with any colour vision; sizes suit a README of about 800 pixels width.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hf_camphive.core.measures import format_bytes, format_count, format_ms
+from hf_camphive.core.measures import Accuracy, format_bytes, format_count, format_ms
 from hf_camphive.hub.report import PruneReport, Stage
 
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 GREY, PALE, INK = "#8C8C8C", "#E4E4E4", "#222222"
 STAGE_COLOURS = {"dense": GREY, "pruned": ORANGE, "polished": GREEN, "finetuned": BLUE}
-DROPPED = {"facecolor": "white", "edgecolor": VERMILION, "hatch": "/////", "linewidth": 0}
+DROPPED: dict[str, Any] = {"facecolor": "white", "edgecolor": VERMILION, "hatch": "/////", "linewidth": 0}
 WIDTH = 8.0  # inches; at 150 dots per inch a README shows it at two thirds, sharp on fine screens
 DPI = 150
 MAX_CURVES = 60
@@ -131,7 +132,7 @@ def draw_ratios(report: PruneReport) -> Figure:
 
 def draw_summary(report: PruneReport) -> Figure:
     """Draw top-1 of each stage that was measured, and below it the last stage's cost relative to the dense network."""
-    measured = [stage for stage in report.stages if stage.accuracy is not None]
+    measured = {stage.name: stage.accuracy for stage in report.stages if stage.accuracy is not None}
     costs = _costs(report)
     heights = [len(rows) + 1.0 for rows in (measured, costs) if rows]
     figure = Figure(
@@ -151,15 +152,14 @@ def draw_summary(report: PruneReport) -> Figure:
     return figure
 
 
-def _draw_accuracy(axes: Axes, stages: Sequence[Stage]) -> None:
-    for row, stage in enumerate(stages):
-        top1 = stage.accuracy.top1
-        error = stage.accuracy.standard_error
-        axes.barh(row, 100 * top1, color=STAGE_COLOURS.get(stage.name, GREEN), height=0.72)
+def _draw_accuracy(axes: Axes, stages: Mapping[str, Accuracy]) -> None:
+    for row, (name, accuracy) in enumerate(stages.items()):
+        top1, error = accuracy.top1, accuracy.standard_error
+        axes.barh(row, 100 * top1, color=STAGE_COLOURS.get(name, GREEN), height=0.72)
         axes.text(101.5, row, f"{100 * top1:.2f} % ± {100 * error:.2f}", va="center", fontsize=9.5, color=INK)
-    axes.set_yticks(range(len(stages)), [stage.name for stage in stages])
+    axes.set_yticks(range(len(stages)), list(stages))
     axes.set_ylim(len(stages) - 0.4, -0.6)
-    where = sorted({f"{stage.accuracy.images:,} images of {stage.accuracy.split!r}" for stage in stages})
+    where = sorted({f"{accuracy.images:,} images of {accuracy.split!r}" for accuracy in stages.values()})
     axes.set_title("Top-1 accuracy", loc="left", fontsize=11)
     axes.set_xlabel(f"% of {' and '.join(where)}; ± one standard error", loc="left")
 
@@ -170,8 +170,16 @@ def _draw_costs(axes: Axes, costs: Sequence[_Cost], stage: str) -> None:
         share = 100 * after / before
         axes.barh(row, share, color=STAGE_COLOURS.get(stage, GREEN), height=0.72)
         axes.text(max(100, share) + 1.5, row, f"{show(after)} of {show(before)}", va="center", fontsize=9.5, color=INK)
-        style = {"ha": "right", "color": "white" if stage == "finetuned" else INK} if share > 12 else {"color": INK}
-        axes.text(share + (-1 if share > 12 else 1), row, f"{share:.0f} %", va="center", fontsize=9.5, **style)
+        inside = share > 12
+        axes.text(
+            share + (-1 if inside else 1),
+            row,
+            f"{share:.0f} %",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=9.5,
+            color="white" if inside and stage == "finetuned" else INK,
+        )
     axes.set_yticks(range(len(costs)), [label for label, *_ in costs])
     axes.set_ylim(len(costs) - 0.4, -0.6)
     axes.axvline(100, color=INK, linewidth=1)
@@ -192,8 +200,8 @@ def draw_scores(scores: Mapping[str, Sequence[float]], criterion: str) -> Figure
         shown = np.isfinite(values) & (values > 0)
         hidden += int((~shown).sum())
         rank = 100 * (np.arange(len(values)) + 0.5) / max(1, len(values))
-        style = {"marker": "o", "markersize": 3} if shown.sum() < 2 else {}
-        axes.plot(rank[shown], values[shown], color=colours[i], linewidth=1.2, alpha=0.85, **style)
+        marker = "o" if shown.sum() < 2 else None  # a single point has no line
+        axes.plot(rank[shown], values[shown], color=colours[i], linewidth=1.2, alpha=0.85, marker=marker, markersize=3)
     axes.set_yscale("log")
     axes.set_xlim(0, 100)
     axes.set_xlabel("channels of the group, least important first (%)")
@@ -268,8 +276,8 @@ def without_frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, labelsize=9.5)
-    axes.xaxis.label.set_size(9.5)
-    axes.yaxis.label.set_size(9.5)
+    axes.xaxis.label.set_fontsize(9.5)
+    axes.yaxis.label.set_fontsize(9.5)
 
 
 def _shortened(name: str) -> str:

@@ -230,11 +230,11 @@ def _quantities(stages: Sequence[Stage]) -> list[tuple[str, Callable, Callable, 
 
 def _table_notes(stages: Sequence[Stage], environment: Mapping[str, str]) -> list[str]:
     notes = []
-    measured = [stage for stage in stages if stage.accuracy is not None]
+    measured = [stage.accuracy for stage in stages if stage.accuracy is not None]
     if measured:
-        sets = {(stage.accuracy.images, stage.accuracy.split) for stage in measured}
+        sets = {(accuracy.images, accuracy.split) for accuracy in measured}
         said = [f"{images:,} images of {split!r}" for images, split in sorted(sets)]
-        error = 100 * measured[-1].accuracy.standard_error
+        error = 100 * measured[-1].standard_error
         notes.append(f"Accuracy on {' and '.join(said)}; standard error of top-1: {error:.2g} points.")
     runs = [latency.runs for stage in stages for latency in stage.footprint.latency_ms.values()]
     if runs:

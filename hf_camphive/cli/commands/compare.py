@@ -8,8 +8,10 @@ from hf_camphive.cli.inputs import DataArguments, ModelArguments, check_stream, 
 from hf_camphive.cli.output import log_to_terminal, relative, short_name
 
 # A comparison has ratios of MACs in place of budgets, cuts channels, and counts its seeds.
-NOT_COMPARED = ("target_macs", "target_params", "target_latency", "latency_batch_size", "latency_folded")
-NOT_COMPARED += ("granularity", "sparsity", "seed")
+NOT_COMPARED = (
+    *("target_macs", "target_params", "target_latency", "latency_batch_size", "latency_folded"),
+    *("granularity", "sparsity", "seed"),
+)
 
 
 @dataclass

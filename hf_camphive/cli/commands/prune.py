@@ -50,10 +50,10 @@ def prune(arguments: Sequence[str]) -> None:
     from hf_camphive.hub.saving import check_output_folder
     from hf_camphive.runs.pruner import CampHiVePruner
 
-    output = run.output_dir or f"outputs/{short_name(model.model)}-camphive"
+    folder = run.output_dir or f"outputs/{short_name(model.model)}-camphive"
     overwrite = run.overwrite and not run.dry_run  # a plan would not fit a model found there
     accelerator = make_accelerator(config)
-    output = Workers(accelerator).on_main(lambda: check_output_folder(output, overwrite))
+    output = Workers(accelerator).on_main(lambda: check_output_folder(folder, overwrite))
     work = _work_folder(output, may_hold_state=run.resume or run.overwrite or run.dry_run)
     pruner = CampHiVePruner(load_model(model), config, accelerator)
     log_to_terminal(pruner.accelerator.is_local_main_process)
@@ -67,10 +67,10 @@ def prune(arguments: Sequence[str]) -> None:
     pruner.accelerator.wait_for_everyone()
     with _resumable(work):
         pruner.run(loaders, command=_command_line(arguments), work_dir=work, resume=run.resume)
-        folder = pruner.save_pretrained(output, overwrite=run.overwrite)
+        saved = pruner.save_pretrained(output, overwrite=run.overwrite)
     if pruner.accelerator.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
-        _print_outcome(pruner, folder, run)
+        _print_outcome(pruner, saved, run)
 
 
 def prune_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CampHiVeConfig]:
@@ -165,7 +165,7 @@ def _print_outcome(pruner: Any, folder: Path, run: RunArguments) -> None:
     print(f"\n{pruner.report.table()}\n")
     print(f"model  {shown}/model.safetensors\ncard   {shown}/README.md\nplots  {shown}/plots/\n")
     print(f'Load it with\n\n    import hf_camphive\n    model = hf_camphive.from_pretrained("{shown}")\n')
-    if run.push_to_hub:
+    if run.push_to_hub and run.hub_model_id:
         print(f"Pushed to {push_folder(folder, run.hub_model_id, private=run.hub_private_repo or None)}")
 
 
