@@ -14,9 +14,7 @@ from support.scoring import context
 
 import hf_camphive
 from hf_camphive.cli.main import main
-from hf_camphive.core.config import PRESETS
-from hf_camphive.pruning.merging.rules import MERGE_RULES
-from hf_camphive.pruning.scoring.criteria import CRITERIA
+from hf_camphive.core.methods import CRITERIA, MERGE_RULES, PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
