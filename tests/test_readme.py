@@ -1,5 +1,6 @@
 """The README's examples run as they stand, and its figures are those of the kept results."""
 
+import importlib
 import json
 import re
 from functools import cache
@@ -8,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.brief import time_briefly
 
 from hf_camphive.runs.results import Results, Summary
@@ -17,63 +19,119 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_example_runs_and_its_result_loads(tmp_path, monkeypatch, capsys):
+REFRESH = "run python benchmarks/readme.py, which makes pictures and tables of the README anew from docs/results"
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    """The script that writes the README's picture and tables."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("readme")
+
+
+def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     time_briefly(monkeypatch)
-    assert len(BLOCKS) == 2 and len(BLOCKS[0].strip().splitlines()) == 10
+    assert len(BLOCKS) == 3 and len(BLOCKS[0].strip().splitlines()) == 5
     names: dict = {}
-    exec(BLOCKS[0], names)
-    exec(BLOCKS[1], names)
+    for block in BLOCKS:
+        exec(block, names)
     shown = capsys.readouterr().out
-    assert "MACs per image: 10,203,776 ->" in shown and "finetuned" in shown
-    assert sum(p.numel() for p in names["model"].parameters()) == names["report"].stages[-1].footprint.parameters
+    assert re.search(r"MACs per image +10\.20 M .* 2\.\d\dx fewer", shown) and "finetuned" in shown
+    last = names["pruner"].report.stages[-1].footprint
+    assert sum(p.numel() for p in names["model"].parameters()) == last.parameters < 272_474
+    assert names["fast"] is not names["model"].timm_model
 
 
-def test_the_demo_table_is_that_of_the_kept_report():
-    from hf_camphive.hub.report import PruneReport
+def test_the_targets_of_make_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    said = set(
+        re.findall(r"\bmake ([a-z-]+)", " ".join(re.findall(r"^make \S+|`make \S+`", README, flags=re.MULTILINE)))
+    )
+    assert said >= {"demo", "test"} and said <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
-    report = PruneReport.from_json((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
-    assert report.table() in README
+
+def test_the_word_of_other_tools_for_a_score_is_said_once():
+    assert len(re.findall("importance", README, flags=re.IGNORECASE)) == 1
+
+
+# Picture and tables that benchmarks/readme.py writes
+
+
+def test_the_tables_of_the_demo_and_of_supported_networks_are_those_of_the_kept_results(readme):
+    assert readme.refreshed(README) == README, REFRESH
+
+
+def test_tables_made_anew_replace_those_of_other_results(readme):
+    for name, block in readme.blocks().items():
+        changed = README.replace(block, "old")
+        assert changed != README and readme.refreshed(changed) == README
+        with pytest.raises(ValueError, match=f"begin {name}"):
+            readme.refreshed(README.replace(f"<!-- end {name} -->", ""))
+
+
+def test_supported_networks_add_up_to_those_of_the_zoo(readme):
+    rows = readme.kept("zoo")
+    passed = {tool: sum(readme.zoo.passed(row[tool]) for row in rows.values()) for tool in readme.zoo.TOOLS}
+    (table,) = [table for _, table in tables(README) if table and table[0][0] == "kind"]
+    assert [sum(int(row[column]) for row in table[1:]) for column in (2, 3, 4)] == [len(rows), *passed.values()]
+    said = f"Of {len(rows)} networks of timm, {passed['camphive']} lose at least half of their MACs"
+    assert said in README and f"{passed['torch_pruning']} do with torch-pruning" in README
+    frozen = [name for name, row in rows.items() if row["camphive"].get("frozen")]
+    assert sorted(re.findall(r"(\w+) \(\d+%\)", " ".join(row[5] for row in table[1:]))) == sorted(frozen)
+    with pytest.raises(ValueError, match="unheard_of is of 0 kinds"):
+        readme.kind_of("unheard_of")
+    assert readme.zoo.PAGE.read_text(encoding="utf-8") == readme.zoo.page(rows)
+
+
+def test_the_pictures_show_the_kept_milliseconds(readme):
+    shown = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+    assert shown == [f"docs/results/{file}" for file in ("front_dark.png", "front.png")]
+    assert {Path(file).name for file in shown} == set(readme.THEMES)
+    for file in shown:
+        with Image.open(ROOT / file) as picture:
+            assert picture.info["Description"] == readme.fingerprint(readme.kept("latency")), REFRESH
+
+
+def test_a_picture_says_by_its_fingerprint_what_it_shows(readme):
+    rows = readme.kept("latency")
+    changed = json.loads(json.dumps(rows))
+    changed["latency 0.5"]["test_top1"] += 0.0001
+    assert readme.fingerprint(changed) != readme.fingerprint(rows)
 
 
 # What the results claim: change these tables together with the README.
 
-NETWORKS = {  # as a table's introduction names it: (folder of the kept results, calibration images, seeds of an unmarked cell)
-    "ResNet-56": ("cifar_resnet56", 1024, 3),
-    "MobileNetV2": ("mobilenetv2_100", 512, 1),
-    "ResNet-18": ("resnet18_10_classes", 512, 1),
+NETWORKS = {  # as a table's heading names it: (folder of the kept results, calibration images)
+    "ResNet-56": ("cifar_resnet56", 1024),
+    "MobileNetV2": ("mobilenetv2_100", 512),
+    "ResNet-18": ("resnet18_10_classes", 512),
 }
 POLISHED = "_100_steps"  # what the folder's name ends in where 100 polishing steps follow
 ROWS = {  # labels of a row: (method, merge rule, the folder's suffix)
     ("default", "reconstruct, polish"): ("merge-aware", "reconstruct", POLISHED),
     ("default", "reconstruct"): ("merge-aware", "reconstruct", ""),
-    ("merge-joint", "reconstruct"): ("merge-joint", "reconstruct", ""),
     ("torch-pruning, magnitude", "our reconstruct"): ("tp-magnitude", "reconstruct", ""),
     ("torch-pruning, group norm", "our reconstruct"): ("tp-group-norm", "reconstruct", ""),
-    ("torch-pruning, LAMP", "our reconstruct"): ("tp-lamp", "reconstruct", ""),
-    ("torch-pruning, Taylor", "our reconstruct"): ("tp-taylor", "reconstruct", ""),
-    ("default", "none, BatchNorm recalibrated"): ("merge-aware", "none", ""),
-    ("torch-pruning, magnitude", "none, BatchNorm recalibrated"): ("tp-magnitude", "none", ""),
-    ("torch-pruning, group norm", "none, BatchNorm recalibrated"): ("tp-group-norm", "none", ""),
-    ("torch-pruning, LAMP", "none, BatchNorm recalibrated"): ("tp-lamp", "none", ""),
-    ("torch-pruning, Taylor", "none, BatchNorm recalibrated"): ("tp-taylor", "none", ""),
+    ("torch-pruning, Taylor (reads labels)", "our reconstruct"): ("tp-taylor", "reconstruct", ""),
+    ("default", "none"): ("merge-aware", "none", ""),
+    ("torch-pruning, magnitude", "none"): ("tp-magnitude", "none", ""),
+    ("torch-pruning, group norm", "none"): ("tp-group-norm", "none", ""),
+    ("torch-pruning, Taylor (reads labels)", "none"): ("tp-taylor", "none", ""),
 }
 PLANS = {  # label of a row with milliseconds: row of docs/results/latency.json
     "dense": "dense",
     "2.1x fewer MACs": "macs 2.1x",
     "4.2x fewer MACs": "macs 4.2x",
-    "the same, widths in eights": "macs 4.2x in eights",
-    "--target-latency 0.6, for batch 32": "latency 0.6",
+    "4.2x fewer MACs, widths in eights": "macs 4.2x in eights",
+    "--target-latency 0.6": "latency 0.6",
     "--target-latency 0.5": "latency 0.5",
-    "--target-latency 0.45": "latency 0.45",
     "--target-latency 0.35": "latency 0.35",
     "--target-latency 0.6, polished": "latency 0.6 polished",
     "--target-latency 0.5, polished": "latency 0.5 polished",
-    "--target-latency 0.45, polished": "latency 0.45 polished",
     "--target-latency 0.35, polished": "latency 0.35 polished",
-    "--target-latency 0.4, for batch 1": "latency batch 1 0.4",
-    "torch-pruning 1.5x (magnitude, all groups), recalibrated": "torch-pruning 1.5x recalibrated",
-    "the same at 4.2x": "torch-pruning 4.2x recalibrated",
+    "torch-pruning, 1.5x fewer MACs": "torch-pruning 1.5x recalibrated",
+    "torch-pruning, 4.2x fewer MACs": "torch-pruning 4.2x recalibrated",
 }
 ENGINES = {
     "torch": "torch folded",
@@ -81,30 +139,17 @@ ENGINES = {
 }  # a column without one has that of the column before
 PROSE = [  # every accuracy between the tables, in the order of the text: (network, suffix, method, merge rule, ratio, stage)
     ("ResNet-56", "", "merge-aware", "reconstruct", 2.1, "dense"),
+    ("ResNet-56", "", "random", "none", 2.1, "final"),
     ("ResNet-56", "", "random", "reconstruct", 2.1, "final"),
-    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.2, "dense"),
-    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.2, "final"),
-    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.5, "final"),
-    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.2, "pruned"),
-    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.5, "pruned"),
-    ("MobileNetV2", "", "tp-taylor", "reconstruct", 1.2, "final"),
-    ("MobileNetV2", "", "tp-taylor", "reconstruct", 1.5, "final"),
-    ("MobileNetV2", "", "merge-aware", "reconstruct", 1.2, "final"),
-    ("MobileNetV2", "", "merge-aware", "reconstruct", 1.5, "final"),
-    ("MobileNetV2", "", "tp-taylor", "none", 1.2, "final"),
-    ("MobileNetV2", "", "tp-group-norm", "none", 1.5, "final"),
-    ("MobileNetV2", "", "merge-aware", "none", 1.2, "final"),
-    ("MobileNetV2", "", "merge-aware", "none", 1.5, "final"),
-    ("ResNet-18", "", "merge-aware", "reconstruct", 1.2, "dense"),
-    ("ResNet-18", "", "merge-aware", "reconstruct", 1.2, "final"),
-    ("ResNet-18", "", "merge-aware", "reconstruct", 1.5, "final"),
-    ("ResNet-18", "", "tp-group-norm", "reconstruct", 1.2, "final"),
-    ("ResNet-18", "", "tp-group-norm", "reconstruct", 1.5, "final"),
     ("cifar_resnet56_finetuned.json", "pruned"),
     ("cifar_resnet56_finetuned.json", "finetuned"),
+    ("MobileNetV2", POLISHED, "merge-aware", "reconstruct", 1.2, "dense"),
+    ("MobileNetV2", "", "merge-aware", "reconstruct", 1.2, "dense"),
+    ("ResNet-18", "", "merge-aware", "reconstruct", 1.2, "dense"),
 ]
 
 ACCURACY = re.compile(r"(?<![\d.])[1-9]\d{0,2}\.\d\d(?!\d|x|\.\d)")  # 93.10, not 2.65x or --target-latency 0.45
+SPREAD = re.compile(r"(?<=± )\d+\.\d\d")
 MILLISECONDS = re.compile(r"(?<![\d.])\d+\.\d(?= ms\b)")
 Table = list[list[str]]
 
@@ -141,11 +186,11 @@ def kept_json(name: str) -> dict:
 
 
 @cache
-def mean(network: str, suffix: str, method: str, merge: str, ratio: float, stage: str = "final") -> tuple[str, int]:
-    """Mean top-1 in % of a kept cell, and its number of seeds; ("", 0) where it is not kept."""
-    folder, calibration_size, _ = NETWORKS[network]
+def figure_of(network: str, suffix: str, method: str, merge: str, ratio: float, stage: str = "final") -> str:
+    """Mean top-1 in % of a kept cell, with its deviation over several seeds; "" where it is not kept."""
+    folder, calibration_size = NETWORKS[network]
     summary = kept(folder + suffix, calibration_size).get((method, merge, ratio))
-    return (summary.of(attrgetter(stage)).percent().split()[0], len(summary.rows)) if summary else ("", 0)
+    return summary.of(attrgetter(stage)).percent() if summary else ""
 
 
 @cache
@@ -154,7 +199,7 @@ def claimed(claim: tuple) -> str:
     if len(claim) == 2:
         (stage,) = [stage for stage in kept_json(claim[0])["stages"] if stage["name"] == claim[1]]
         return f"{100 * stage['accuracy']['top1']:.2f}"
-    return mean(*claim)[0]
+    return figure_of(*claim).split()[0]
 
 
 def accuracy_faults(introduction: str, table: Table) -> list[str]:
@@ -171,9 +216,8 @@ def accuracy_faults(introduction: str, table: Table) -> list[str]:
             continue
         method, merge, suffix = ROWS[labels]
         for i, ratio in ratios.items():
-            figure, seeds = mean(network, suffix, method, merge, ratio)
-            expected = figure + (f" ({seeds})" if seeds not in (0, NETWORKS[network][2]) else "")
-            cells[labels, ratio] = row[i], float(figure or 0)
+            expected = figure_of(network, suffix, method, merge, ratio)
+            cells[labels, ratio] = row[i], float(expected.split()[0]) if expected else 0.0
             if row[i].replace("*", "") != expected:
                 faults.append(f"{labels} at {ratio:g}x is {row[i]}, kept is {expected}")
     for ratio in ratios.values():
@@ -232,7 +276,7 @@ def test_every_figure_of_the_results_is_that_of_the_kept_row_it_claims_to_be():
 def places() -> list[tuple[int, int]]:
     """Where the figures of the results stand in the README."""
     start = README.index("\n## Results\n")
-    found = [m.span() for pattern in (ACCURACY, MILLISECONDS) for m in pattern.finditer(results_of(README))]
+    found = [m.span() for pattern in (ACCURACY, SPREAD, MILLISECONDS) for m in pattern.finditer(results_of(README))]
     offset = README.index(results_of(README), start)
     return [(offset + a, offset + b) for a, b in found]
 
@@ -265,36 +309,46 @@ def test_figures_in_another_row_column_or_table_are_found():
                 changed = README.replace(where[0], "\0").replace(where[1], swapped[1]).replace("\0", swapped[0])
                 assert faults_of(changed), labels
     assert faults_of(README.replace("| 1.5x | 2.1x |", "| 2.1x | 1.5x |"))
-    assert faults_of(README.replace("ResNet-56, the 10,000", "MobileNetV2, the 10,000"))
-    assert faults_of(README.replace("torch-pruning, LAMP | our", "torch-pruning, lamp | our"))
+    assert faults_of(README.replace("### ResNet-56 on", "### MobileNetV2 on"))
+    assert faults_of(README.replace("torch-pruning, Taylor", "torch-pruning, taylor"))
     assert "no table of milliseconds" in faults_of(README.replace("| plan | top-1 |", "plan, top-1"))
 
 
-def test_the_seconds_are_those_of_the_kept_benchmark():
-    rows = json.loads((ROOT / "docs/results/cost.json").read_text(encoding="utf-8"))
-    said = " ".join(
-        README.split("Scores, trials and plan, and reconstruction take")[1].split("([each step]")[0].split()
-    )
-    for row in rows.values():
-        score, plan, merge = (f"{row['seconds'][step]:.0f}" for step in ("score", "plan", "merge"))
-        assert f"{score}, {plan} and {merge} s" in said
-    assert f"at most {max(row['peak_bytes']['to the cut'] for row in rows.values()) / 1e9:.1f} GB" in said
+def test_the_rows_of_torch_pruning_are_its_two_best_in_the_last_column():
+    for introduction, table in tables(results_of(README)):
+        network = max(NETWORKS, key=introduction.rfind)
+        if not table or "top-1" in table[0]:
+            continue
+        folder, calibration_size = NETWORKS[network]
+        last = float(re.match(r"[\d.]+", table[0][-1])[0])
+        for merge in {ROWS[tuple(row[:2])][1] for row in table[1:] if row[0].startswith("torch-pruning")}:
+            tried = {
+                method: summary.of(attrgetter("final")).mean
+                for (method, rule, ratio), summary in kept(folder, calibration_size).items()
+                if (rule, ratio) == (merge, last) and re.fullmatch(r"tp-(magnitude|group-norm|lamp|taylor)", method)
+            }
+            shown = {ROWS[tuple(row[:2])][0] for row in table[1:] if ROWS[tuple(row[:2])][1] == merge}
+            assert {m for m in shown if m.startswith("tp-")} == set(sorted(tried, key=tried.get)[-2:]), (
+                network,
+                merge,
+            )
 
 
-def test_the_figures_of_the_zoo_are_those_of_the_kept_sweep(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import zoo
-
-    rows = json.loads(zoo.RESULTS.read_text(encoding="utf-8"))
-    passed = {tool: sum(zoo.passed(row[tool]) for row in rows.values()) for tool in zoo.TOOLS}
-    assert f"Of {len(rows)} networks from the families of timm, {passed['camphive']} lose at least half" in README
-    assert f"with torch-pruning {passed['torch_pruning']} do" in README
-    assert zoo.PAGE.read_text(encoding="utf-8") == zoo.page(rows)
+def faster(row: str) -> str:
+    rows = kept_json("latency.json")
+    dense, pruned = (rows[name]["ms"]["torch folded"]["32"]["median"] for name in ("dense", row))
+    return f"{dense / pruned:.1f}x"
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def test_the_answers_give_the_figures_of_the_kept_results():
+    answers = " ".join(README.split("\n## Questions\n")[1].split("\n## ")[0].split())
+    rows = kept_json("latency.json")
+    fewer = rows["dense"]["macs"] / rows["latency 0.6"]["macs"]
+    assert f"2.1x fewer MACs are {faster('macs 2.1x')} faster at batch 32 in torch" in answers
+    assert f"with {fewer:.1f}x fewer MACs, `--target-latency 0.6` is {faster('latency 0.6')} faster" in answers
+    seconds = kept_json("cost.json")["resnet18_10_classes"]["seconds"]
+    total = sum(seconds[step] for step in ("score", "plan", "merge"))
+    assert f"Scoring, planning and merging ResNet-18 takes {total:.0f} s on 2 CPU cores" in answers
 
 
 def test_the_page_of_the_comparison_is_that_of_the_kept_results(monkeypatch):
