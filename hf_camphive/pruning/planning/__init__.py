@@ -1,5 +1,5 @@
-"""Plans: which channels to remove within budgets of MACs, parameters and milliseconds.
+"""Plans: which channels to remove to meet budgets of MACs, parameters and milliseconds.
 
-`costs.py` says what a network costs at given widths, `limits.py` what may be taken, `greedy.py` chooses, `budgets.py`
-divides a budget over cycles, `latency/` predicts milliseconds.
+`costs.py` computes a network's costs at given widths, `limits.py` the fewest channels of each group, `greedy.py` chooses
+the channels to remove, `budgets.py` divides budgets over cycles, `latency/` predicts milliseconds.
 """

@@ -1,20 +1,24 @@
-"""A run's budgets over its cycles: what each comes to, what the next cycle should leave, what has been reached.
+"""A run's budgets over its cycles: their absolute values, the targets of the next cycle, and whether they are met.
 
 Pure: reads costs, earlier plans and settings.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.measures import format_cost
 from hf_camphive.core.plan import Budget, ChannelGroup, PrunePlan
-from hf_camphive.pruning.planning.costs import CostModel, Costs
+from hf_camphive.pruning.planning.costs import CostModel, CostName, Costs
 from hf_camphive.pruning.planning.greedy import how_to_reach_lower, smallest
 
 
 def absolute(budgets: Costs, dense: Costs) -> dict[str, float]:
-    """What budgets come to for a network that costs `dense`: those below 1 are shares of it, as is 1 but for latency."""
+    """Convert budgets that are shares of the `dense` network's costs to MACs, parameters or milliseconds.
+
+    Values below 1 are shares, as is 1 for all costs but latency, where it is one millisecond.
+    """
     return {
         cost: target * dense[cost] if target < 1 or (target == 1 and cost != "latency") else target
         for cost, target in budgets.items()
@@ -22,12 +26,16 @@ def absolute(budgets: Costs, dense: Costs) -> dict[str, float]:
 
 
 def next_targets(network: CostModel, earlier: Sequence[PrunePlan], config: CampHiVeConfig) -> dict[str, float]:
-    """The costs after the next cycle: with n cycles to go each leaves (target / now)^(1/n) of what there is now.
+    """Return the most that each budgeted cost may be after the next cycle.
 
-    Raises `PlanError` on a budget that asks for nothing, or for more than the floors allow.
+    With n cycles left, each reduces a cost to (target / now)^(1/n) of its present value. `earlier` are the plans of the
+    cycles before.
+
+    Raises:
+        PlanError: A budget is no less than the dense network's cost, or less than the floors allow.
     """
     now = network.costs()
-    dense = {budget.cost: budget.before for budget in earlier[0].budgets} if earlier else now
+    dense: dict[str, float] = {b.cost: b.before for b in earlier[0].budgets} if earlier else now
     targets = absolute(config.budgets, dense)
     _require_in_reach(targets, dense, smallest(network, targets, config), config)
     to_go = max(1, config.cycles - len(earlier))
@@ -38,23 +46,29 @@ def next_targets(network: CostModel, earlier: Sequence[PrunePlan], config: CampH
 
 
 def overall_budgets(plans: Sequence[PrunePlan], config: CampHiVeConfig) -> tuple[Budget, ...]:
-    """Each budget from the network before the first cycle to the last plan's."""
+    """Return each budget over all cycles: the cost before the first, the target, and the cost under the last plan."""
     if not plans or not plans[0].budgets:
         return ()
-    dense = {budget.cost: budget.before for budget in plans[0].budgets}
-    after = {budget.cost: budget.after for budget in plans[-1].budgets}
+    dense: dict[str, float] = {budget.cost: budget.before for budget in plans[0].budgets}
+    after: dict[str, float] = {budget.cost: budget.after for budget in plans[-1].budgets}
     targets = absolute(config.budgets, dense)
-    return tuple(Budget(cost, dense[cost], target, after[cost]) for cost, target in targets.items())
+    return tuple(Budget(cast(CostName, cost), dense[cost], target, after[cost]) for cost, target in targets.items())
 
 
 def is_finished(plans: Sequence[PrunePlan], config: CampHiVeConfig) -> bool:
-    """Whether all cycles are done, or earlier ones left nothing to do: a branch that goes whole may save more."""
+    """Return True when every cycle has run, or every budget is met already.
+
+    Dropping a whole branch can save more than a cycle's share.
+    """
     met = bool(plans) and all(budget.after <= budget.target for budget in overall_budgets(plans, config))
     return len(plans) >= config.cycles or met
 
 
 def dense_sizes(groups: Sequence[ChannelGroup], earlier: Sequence[PrunePlan]) -> dict[str, int]:
-    """Width of each group before the first cycle; a group has the name of its first layer, which may have changed."""
+    """Return the width of each group before the first cycle, by the group's present name.
+
+    Groups are matched by the tensor axis of their first slot, since the layer that names a group may have been removed.
+    """
     dense = earlier[0].groups if earlier else groups
     size_at = {(slot.tensor, slot.axis): group.size for group in dense for slot in group.slots}
     first = {group.name: (group.slots[0].tensor, group.slots[0].axis) for group in groups}
@@ -62,6 +76,11 @@ def dense_sizes(groups: Sequence[ChannelGroup], earlier: Sequence[PrunePlan]) ->
 
 
 def _require_in_reach(targets: Costs, dense: Costs, least: Costs, config: CampHiVeConfig) -> None:
+    """Check that each target lies between the least reachable cost and the dense network's.
+
+    Raises:
+        PlanError: A target is no less than the dense network's cost, or less than the least reachable one.
+    """
     for cost, target in targets.items():
         if target >= dense[cost]:
             raise PlanError(

@@ -1,4 +1,4 @@
-"""Plans with neural implants: which of the removed channels keep 1x1 kernels, within a budget of MACs."""
+"""Plans with neural implants (HAP, arXiv:2101.08940): which removed channels keep 1x1 kernels, within a budget of MACs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -9,16 +9,16 @@ from torch import Tensor
 from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import ChannelGroup, PrunePlan
 from hf_camphive.network.analysis import NetworkAnalysis
-from hf_camphive.network.graph.program import operation
+from hf_camphive.network.graph.program import argument_of, operation
 from hf_camphive.network.graph.tracing import Trace
 from hf_camphive.network.surgery.implants import has_kernel, implanted_slots
 
 
 def implantable_groups(trace: Trace) -> frozenset[str]:
-    """Names of the groups whose channels can be implanted.
+    """Return the names of the groups whose channels can become implants.
 
-    Such a group is made or read by a convolution larger than 1x1, and each of these keeps the size up to its stride, has
-    no convolution groups, and carries this group alone along that axis.
+    Such a group is produced or read by convolutions larger than 1x1, each of which keeps the image size up to its
+    stride, has no convolution groups, and carries only this group along that axis.
     """
     sizes, plain = _kernels(trace)
     return frozenset(group.name for group in trace.groups if not group.frozen and _fits(group, sizes, plain))
@@ -31,10 +31,13 @@ def with_implants(
     scores: Mapping[str, Tensor],
     analysis: NetworkAnalysis,
 ) -> PrunePlan:
-    """A plan in which the `ratio` most sensitive victims keep 1x1 kernels, with at most `target_macs` all told.
+    """Plan a network of at most `target_macs` in which the share `ratio` of removed channels keeps 1x1 kernels.
 
-    Implants cost MACs, so that others must go for them: `plan_for(target)` is asked for ever smaller networks until
-    implants fit as well. Raises `PlanError` where no group can have implants, or where they cannot be made to fit.
+    Implants are the removed channels with the highest scores. Since they cost MACs, `plan_for(target)` is called with
+    decreasing targets until the plan and its implants fit together.
+
+    Raises:
+        PlanError: No group can have implants, or implants do not fit into the budget.
     """
     groups = implantable_groups(analysis.trace)
     if not groups:
@@ -63,9 +66,10 @@ def with_implants(
 
 
 def macs_after(plan: PrunePlan, positions: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Multiply-accumulates per image of a planned network, implants and dropped branches included.
+    """Return the multiply-accumulates per image of a planned network, accounting for implants and dropped branches.
 
-    A weight [o + a, i + b, kH, kW], a and b of whose channels are implanted, costs o i kH kW + o b + a (i + b) a position.
+    A weight [o + a, i + b, kH, kW] of which a outputs and b inputs are implants costs o i kH kW + o b + a (i + b) per
+    output position.
     """
     gone = {name for branch in plan.branches if branch.module in plan.dropped for name in branch.tensors}
     lost: dict[tuple[str, int], int] = {}
@@ -90,16 +94,16 @@ def macs_after(plan: PrunePlan, positions: Mapping[str, int], shapes: Mapping[st
 
 
 def _implanted(plan: PrunePlan, ratio: float, scores: Mapping[str, Tensor], groups: frozenset[str]) -> PrunePlan:
-    """The plan in which the `ratio` of highest score among the victims of these groups, taken together, are implants."""
+    """Return the plan with implants: the share `ratio` with the highest scores of all channels removed from `groups`."""
     sizes = {group.name: group.size for group in plan.groups}
     lost = {name for branch in plan.branches if branch.module in plan.dropped for name in branch.groups}
-    victims = [
+    removed = [
         (-float(scores[cut.group][channel]), order, channel)
         for order, cut in enumerate(plan.cuts)
         if cut.group in groups and cut.keep and cut.group not in lost
         for channel in sorted(set(range(sizes[cut.group])) - set(cut.keep))
     ]
-    chosen = sorted(victims)[: round(ratio * len(victims))]
+    chosen = sorted(removed)[: round(ratio * len(removed))]
     cuts = tuple(
         replace(cut, implants=tuple(sorted(channel for _, at, channel in chosen if at == order)))
         for order, cut in enumerate(plan.cuts)
@@ -108,7 +112,7 @@ def _implanted(plan: PrunePlan, ratio: float, scores: Mapping[str, Tensor], grou
 
 
 def _kernels(trace: Trace) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Shapes of all convolution weights larger than 1x1, and the names of those that 1x1 kernels can stand in for."""
+    """Return the shapes of all convolution weights larger than 1x1, and the names of those that 1x1 kernels can replace."""
     sizes: dict[str, tuple[int, ...]] = {}
     plain = set()
     for node in trace.graph.operations:
@@ -117,7 +121,7 @@ def _kernels(trace: Trace) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
             continue
         shape = tuple(node.args[1].meta["val"].shape)
         if has_kernel(shape):
-            _, padding, dilation, groups = [*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :]]
+            padding, dilation, groups = argument_of(node, 4, 0), argument_of(node, 5, 1), argument_of(node, 6, 1)
             same = not isinstance(padding, str) and all(
                 size % 2 and 2 * p == d * (size - 1) for size, p, d in zip(shape[2:], _pair(padding), _pair(dilation))
             )
@@ -130,6 +134,7 @@ def _kernels(trace: Trace) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
 
 
 def _fits(group: ChannelGroup, sizes: Mapping[str, tuple[int, ...]], plain: frozenset[str]) -> bool:
+    """Return whether a group's channels can become implants (`implantable_groups`), given the result of `_kernels`."""
     kernels = [slot for slot in group.slots if slot.tensor in sizes and slot.axis < 2]
     return (
         any(slot.role != "affine" for slot in kernels)

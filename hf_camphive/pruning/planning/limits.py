@@ -1,4 +1,4 @@
-"""What a plan may take from each channel group: scope, floors, layers kept by name, most share removed.
+"""How far a plan may narrow each channel group: scope, floors, layers kept by name, largest share removed.
 
 Pure: reads groups and settings, and turns name patterns into numbers of channels.
 """
@@ -19,12 +19,14 @@ def floors(
     sizes: Mapping[str, int],
     config: CampHiVeConfig,
 ) -> dict[str, int]:
-    """Fewest channels that each group may be left with; groups that must stay whole are absent.
+    """Return the fewest channels of each group that may be pruned; groups that must stay whole are absent.
 
-    Frozen groups, those out of scope and those of a layer that `config.keep` names stay whole. 0 stands for a gate of a
-    residual branch that may go whole. `sizes` are the widths that ratios refer to (before the first cycle).
+    Frozen groups, groups outside the scope and groups of a layer that matches `config.keep` stay whole. A floor of 0
+    marks a gate of a residual branch that may be dropped. `sizes` are the widths that ratios refer to (those before the
+    first cycle).
 
-    Raises `ConfigError` on a pattern that no layer matches.
+    Raises:
+        ConfigError: A pattern matches no layer.
     """
     groups = tuple(groups)
     layers = sorted({_layer(slot.tensor) for group in groups for slot in group.slots})
@@ -50,17 +52,28 @@ def floors(
 
 
 def _least(group: ChannelGroup, size: int, most: Mapping[str, float]) -> int:
-    """Channels that the ratio limits of the layers that write this group leave."""
+    """Return the fewest channels under the ratio limits of the layers that produce or scale the group."""
     ratio = min(most[_layer(slot.tensor)] for slot in group.slots if slot.role != "consumer")
     return min(group.size, ceil(round((1 - ratio) * size, 6)))
 
 
 def _kept_layers(layers: list[str], patterns: Iterable[str]) -> frozenset[str]:
+    """Return the layers that match any of the patterns of `keep`.
+
+    Raises:
+        ConfigError: A pattern matches no layer.
+    """
     return frozenset(layer for pattern in patterns for layer in _matching(layers, pattern, "keep"))
 
 
 def _most_ratio(layers: list[str], config: CampHiVeConfig) -> dict[str, float]:
-    """Share of its channels that each layer may lose: the least of the patterns that match it, else `max_ratio`."""
+    """Return the share of its channels that each layer may lose, in [0, 1].
+
+    It is the least ratio among the patterns of `layer_max_ratio` that match the layer, else `max_ratio`.
+
+    Raises:
+        ConfigError: A pattern matches no layer.
+    """
     special: dict[str, float] = {}
     for pattern, ratio in config.layer_max_ratio.items():
         for layer in _matching(layers, pattern, "layer_max_ratio"):
@@ -69,6 +82,11 @@ def _most_ratio(layers: list[str], config: CampHiVeConfig) -> dict[str, float]:
 
 
 def _matching(layers: list[str], pattern: str, option: str) -> list[str]:
+    """Return the layers that match a pattern of the setting `option`.
+
+    Raises:
+        ConfigError: The pattern matches no layer.
+    """
     found = [layer for layer in layers if fnmatchcase(layer, pattern)]
     if not found:
         hint = did_you_mean(pattern, layers, otherwise=f"its layers have names such as {layers[0]!r}")
@@ -77,5 +95,5 @@ def _matching(layers: list[str], pattern: str, option: str) -> list[str]:
 
 
 def _layer(tensor: str) -> str:
-    """Name of the module that holds a tensor."""
+    """Return the name of the module that holds a tensor."""
     return tensor.rpartition(".")[0]

@@ -1,4 +1,5 @@
-"""Predicted milliseconds of a network at any widths, from timed operations.
+"""Predicted milliseconds of a network at any widths, from timings of its operations.
 
-`operations.py` lists what takes time, `timing.py` times it and keeps a table, `prediction.py` interpolates.
+`operations.py` lists the operations that take time, `timing.py` times them and keeps a table, `prediction.py`
+interpolates.
 """

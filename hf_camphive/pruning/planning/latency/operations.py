@@ -1,6 +1,6 @@
 """The operations of a traced network that take time, with their sizes as functions of the channel groups' widths.
 
-Pure analysis: runs nothing and reads no weight.
+Pure analysis: runs no operation and reads no weights.
 """
 
 import json
@@ -25,14 +25,17 @@ Dim = int | Width
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a tensor argument, some sizes of which are widths."""
+    """Describe the shape of a tensor argument; each size is a number or a width."""
 
     dims: tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a network: `args` hold a `Shape` for each tensor, and a `Width` where the number of groups is one."""
+    """Describe one operation of a network.
+
+    `args` hold a `Shape` in place of each tensor, and a `Width` where the number of convolution groups depends on one.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -40,21 +43,22 @@ class Operation:
 
     @cached_property
     def widths(self) -> tuple[Width, ...]:
-        """The different widths that its time depends on."""
+        """Return the distinct widths that its time depends on."""
         return tuple(dict.fromkeys(_widths(self.args)))
 
     def sizes_at(self, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """Those widths where `kept` channels of each group are left."""
+        """Return the sizes of `widths` when `kept` channels of each group remain."""
         return tuple(width.at(kept) for width in self.widths)
 
     def at(self, sizes: Sequence[int], dtype: torch.dtype) -> tuple[str, tuple[Any, ...]]:
-        """Its name in the table and its arguments, tensors as lists of sizes, where its widths have these sizes."""
+        """Return its key in the table and its arguments when `widths` have these sizes; tensors are {"shape": sizes}."""
         args = _concrete(self.args, dict(zip(self.widths, sizes)))
         name = self.target._schema.name.split("::")[1]
         return f"{name} {str(dtype).removeprefix('torch.')} {json.dumps(args, default=str)}", args
 
 
 def _widths(value: Any) -> Iterator[Width]:
+    """Yield all widths inside an argument, repeated ones too."""
     if isinstance(value, Width):
         yield value
     for item in value.dims if isinstance(value, Shape) else value if isinstance(value, tuple) else ():
@@ -62,6 +66,7 @@ def _widths(value: Any) -> Iterator[Width]:
 
 
 def _concrete(value: Any, sizes: Mapping[Width, int]) -> Any:
+    """Return an argument with each width replaced by its size."""
     if isinstance(value, Width):
         return sizes[value]
     if isinstance(value, Shape):
@@ -70,10 +75,10 @@ def _concrete(value: Any, sizes: Mapping[Width, int]) -> Any:
 
 
 def network_operations(analysis: NetworkAnalysis, batch: int, folded: bool) -> tuple[Operation, ...]:
-    """Operations of a traced network that take time, for batches of `batch` images.
+    """Return the operations of a traced network that take time, for batches of `batch` images.
 
-    With `folded`, batch norms that follow a convolution are left out and that convolution has a bias instead; of a dropped
-    branch's block nothing is left where its constant can go into a convolution too (`folding.fold`).
+    With `folded`, a BatchNorm that follows a convolution is replaced by a bias of that convolution, and a block whose
+    branch is dropped disappears if its constant can be added to a convolution as well (`folding.fold`).
     """
     graph, branches, shapes = analysis.trace.graph, analysis.branches, analysis.shapes
     norms = foldable(graph) if folded else {}
@@ -101,7 +106,7 @@ def network_operations(analysis: NetworkAnalysis, batch: int, folded: bool) -> t
 def _emptied_blocks(
     graph: TracedProgram, branches: Iterable[Branch], norms: Mapping[fx.Node, fx.Node]
 ) -> dict[str, str]:
-    """{operation: module} of those outside a branch that go with it all the same when the network is folded, by name."""
+    """Return {operation: module} of operations outside a branch that folding removes once the branch is dropped."""
     nodes = {node.name: node for node in graph.operations}
     adds = {}
     for branch in branches:
@@ -113,11 +118,12 @@ def _emptied_blocks(
 
 
 def _static(value: Tensor, batch: int) -> tuple[int, ...]:
+    """Return a traced value's shape with its symbolic batch size replaced by `batch`."""
     return tuple(size if isinstance(size, int) else batch for size in value.shape)
 
 
 def _takes_time(node: fx.Node, dims: Mapping[fx.Node, tuple[Dim, ...]]) -> bool:
-    """Whether an operation computes something, from tensors and numbers that are known here."""
+    """Return True if an operation computes something (no view), and the shapes of all its inputs are known."""
     if node not in dims or not isinstance(node.target, torch._ops.OpOverload) or operation(node) in _FREE:
         return False
     if any(result.alias_info is not None for result in node.target._schema.returns):
@@ -126,17 +132,16 @@ def _takes_time(node: fx.Node, dims: Mapping[fx.Node, tuple[Dim, ...]]) -> bool:
 
 
 def _argument(arg: Any, dims: Mapping[fx.Node, tuple[Dim, ...]]) -> Any:
+    """Return an argument with each tensor replaced by its `Shape`, and lists by tuples."""
     if isinstance(arg, fx.Node):
         return Shape(dims[arg])
     return tuple(_argument(item, dims) for item in arg) if isinstance(arg, (list, tuple)) else arg
 
 
 def _convolution_arguments(args: tuple[Any, ...], biased: bool) -> tuple[Any, ...]:
-    """Arguments of conv2d, all seven; a depthwise convolution has as many groups as channels, however many those are."""
-    images, weight, bias, stride, padding, dilation, groups = (
-        *args,
-        *(None, (1, 1), (0, 0), (1, 1), 1)[len(args) - 2 :],
-    )
+    """Return all seven arguments of conv2d; the group count of a depthwise convolution is its width."""
+    defaults: tuple[Any, ...] = (None, (1, 1), (0, 0), (1, 1), 1)
+    images, weight, bias, stride, padding, dilation, groups = args + defaults[len(args) - 2 :]
     if groups > 1 and weight.dims[1] == 1:
         groups = images.dims[1]
     if biased:
@@ -147,7 +152,10 @@ def _convolution_arguments(args: tuple[Any, ...], biased: bool) -> tuple[Any, ..
 def _dims(
     node: fx.Node, shape: tuple[int, ...], dims: Mapping[fx.Node, tuple[Dim, ...]], sizes: Mapping[str, int]
 ) -> tuple[Dim, ...]:
-    """The shape of a result, with widths in place of sizes as far as its inputs tell; elsewhere widths count as full."""
+    """Return the shape of a result, with widths in place of sizes where they follow from the inputs' shapes.
+
+    Sizes whose width is not found are constant, as at full width.
+    """
     name, inputs = operation(node), [dims[used] for used in node.all_input_nodes if used in dims]
     result: list[Dim] = list(shape)
     if name in ("conv2d", "linear") and node.args[1] in dims:
@@ -174,7 +182,9 @@ def _dims(
 
 
 def _carry(result: list[Dim], width: Width, axis: int, rank: int, size: int) -> None:
-    """Put an input's width where the result has its size: at the same place, or, reshaped, the first that is a multiple."""
+    """Put an input's width into `result`, in place: on the same axis if the size is the same there, or, after a reshape,
+    on the first axis whose size is a multiple of it.
+    """
     if rank == len(result):
         if result[axis] == size:
             result[axis] = width
@@ -187,6 +197,7 @@ def _carry(result: list[Dim], width: Width, axis: int, rank: int, size: int) -> 
 
 
 def _total(dims: Sequence[Dim]) -> Dim:
+    """Return the sum of sizes and widths as one width."""
     widths = [dim if isinstance(dim, Width) else Width(dim) for dim in dims]
     repeats: dict[str, int] = {}
     for width in widths:

@@ -2,10 +2,10 @@
 
     ms = scale * sum over operations of their time alone + overhead * number of operations
 
-The operations (with their kernel, stride, padding, groups, sizes, batch, dtype) are timed on a grid of widths and kept in a
-cache; between grid points times are interpolated. `scale` and `overhead` are what makes the sum right for a few whole
-networks, from the full one to a narrow and shallow one: what running in a row and Python add. These are timed in every run,
-since the machine may be faster or slower than on the day of the table.
+Operations (identified by kernel, stride, padding, groups, sizes, batch and dtype) are timed on a grid of widths and kept
+in a cache; between grid points times are interpolated. `scale` and `overhead` account for caches and Python when
+operations run in a row. They are fitted to a few whole networks, from the full one to a narrow and shallow one, which
+are timed in every run, since the machine may be faster or slower than when the table was made.
 """
 
 import copy
@@ -39,9 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Axis:
-    """The sizes of one width at which an operation is timed, in two ascending families.
+    """Hold the sizes of one width at which an operation is timed, in two ascending families.
 
-    `aligned` are multiples of `unit` above `rest` and the full width; many kernels take longer for the `ragged` ones.
+    `aligned` are `rest` plus multiples of `unit`, and the full width; `ragged` are other sizes, at which many kernels are
+    slower.
     """
 
     aligned: tuple[int, ...]
@@ -50,25 +51,28 @@ class Axis:
     unit: int = 1
 
     def family(self, size: int) -> tuple[int, ...]:
-        """Those among which the time at `size` is found."""
+        """Return the family between whose sizes the time at `size` is interpolated."""
         is_aligned = (size - self.rest) % self.unit == 0 or size == self.aligned[-1]
         return self.aligned if is_aligned or not self.ragged else self.ragged
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The points at which one operation is timed, and its time at any other; with more than two axes, all shrink together."""
+    """Hold the points at which one operation is timed, and interpolate between them.
+
+    With more than two axes, the points are those at which all shrink by the same share.
+    """
 
     axes: tuple[Axis, ...]
 
     def points(self) -> list[tuple[int, ...]]:
-        """All combinations of sizes that are timed."""
+        """Return all combinations of sizes that are timed."""
         if len(self.axes) > 2:
-            return [tuple(max(1, axis.aligned[-1] * part // 4) for axis in self.axes) for part in range(1, 5)]
+            return [tuple(max(1, axis.aligned[-1] * quarters // 4) for axis in self.axes) for quarters in range(1, 5)]
         return list(product(*(sorted({*axis.aligned, *axis.ragged}) for axis in self.axes)))
 
     def interpolate(self, sizes: tuple[int, ...], at: Callable[[tuple[int, ...]], float]) -> float:
-        """The time at `sizes`: linear between the nearest points of the family of each size."""
+        """Return the time at `sizes`, linear between the nearest points of the family of each size."""
         if len(self.axes) > 2:
             points = self.points()
             low, high, t = _bracket([sum(point) for point in points], sum(sizes))
@@ -83,7 +87,7 @@ class Grid:
 
 
 def _bracket(points: Sequence[int], value: int) -> tuple[int, int, float]:
-    """Indices of the ascending points around a value, and how far it is from one to the other in [0, 1]."""
+    """Return the indices of the ascending points around a value, and its share of the way between them, in [0, 1]."""
     high = min(bisect_left(points, value), len(points) - 1)
     low = max(high - 1, 0)
     if value >= points[high] or low == high:
@@ -92,7 +96,10 @@ def _bracket(points: Sequence[int], value: int) -> tuple[int, int, float]:
 
 
 def grid_of(op: Operation, sizes: Mapping[str, int], floor: Mapping[str, int], step: int) -> Grid:
-    """Where to time an operation if widths go in steps of `step`; groups absent from `floor` keep their size."""
+    """Return the points at which to time an operation when widths are multiples of `step`.
+
+    Groups that are absent from `floor` keep their size.
+    """
     varying = [width for width in op.widths if any(group in floor for group, _ in width.groups)]
     most = MAX_GRID_POINTS.get(len(varying), 2)
     axes = []
@@ -108,13 +115,13 @@ def grid_of(op: Operation, sizes: Mapping[str, int], floor: Mapping[str, int], s
         aligned = _thinned(sorted({*range(ALIGNED, count + 1, ALIGNED), count}), most)
         odd = {*range(1, count, ALIGNED), *range(ALIGNED - 1, count, ALIGNED), count}
         ragged = _thinned(sorted(odd), most) if step % ALIGNED else []
-        sizes_at = [tuple(rest + repeat * c for c in counts) for counts in (aligned, ragged)]
-        axes.append(Axis(*sizes_at, rest, repeat * ALIGNED))
+        even, odd_ones = (tuple(rest + repeat * c for c in counts) for counts in (aligned, ragged))
+        axes.append(Axis(even, odd_ones, rest, repeat * ALIGNED))
     return Grid(tuple(axes))
 
 
 def _thinned(counts: Sequence[int], most: int) -> list[int]:
-    """At most so many of the ascending counts, the first and the last among them, dense where they are small."""
+    """Return at most `most` of the ascending counts, among them the first and the last, denser where they are small."""
     if len(counts) <= most:
         return list(counts)
     picked = {round((len(counts) - 1) * (i / (most - 1)) ** 1.5) for i in range(most)}
@@ -126,9 +133,9 @@ def _thinned(counts: Sequence[int], most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LatencyRequest:
-    """Which latency is meant: of batches of `batch` images, of the network as deployed (`fold`) where `folded`.
+    """Specify the latency to predict: of batches of `batch` images, and with `folded` of the network as deployed (`fold`).
 
-    `floor` holds the fewest channels of each group that may change (`limits.floors`); widths are multiples of `step`.
+    `floor` holds the fewest channels of each group that may be pruned (`limits.floors`); widths are multiples of `step`.
     """
 
     floor: Mapping[str, int]
@@ -144,9 +151,9 @@ def latency_terms(
     request: LatencyRequest,
     workers: Workers = ALONE,
 ) -> tuple[CostTerm, ...]:
-    """Return the operations of `net` as cost terms in milliseconds per batch, eval mode, channels_last.
+    """Return the operations of `net` as cost terms in milliseconds per batch, in eval mode and channels_last format.
 
-    Measures what the table lacks, and a few whole networks.
+    Times the operations that `table` lacks, and a few whole networks.
     """
     dtype = next(net.parameters()).dtype
     operations = network_operations(analysis, request.batch, request.folded)
@@ -194,10 +201,12 @@ def _time_alone(op: Operation, grid: Grid, table: LatencyTable, dtype: torch.dty
 
 
 def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple[float, float]:
-    """(scale, overhead), neither below zero, with the least squared relative error of scale * sum + overhead * operations.
+    """Fit (scale, overhead), neither negative, to the times of whole networks by least squared relative error.
 
-    `totals` are (sum, operations) of some networks, `measured` their times. Networks that are too much alike to tell the
-    two apart give a scale alone.
+        measured ~ scale * (sum of operations' times) + overhead * (number of operations)
+
+    `totals` are (sum, number) of each network. If the networks are too similar to separate the two (`RANK_TOLERANCE`),
+    or a value would be negative, the overhead is 0.
     """
     shares = torch.tensor(totals, dtype=torch.float64) / torch.tensor(measured, dtype=torch.float64)[:, None]
     lengths = shares.norm(dim=0)
@@ -212,17 +221,18 @@ def fit(totals: Sequence[tuple[float, int]], measured: Sequence[float]) -> tuple
 
 @dataclass(frozen=True)
 class Sample:
-    """A network that is timed as a whole: the channels left of each group, and the residual branches that are dropped."""
+    """Describe a network that is timed as a whole: channels kept of each group, and dropped residual branches."""
 
     kept: Mapping[str, int]
     dropped: frozenset[str] = frozenset()
 
 
 def _samples(sizes: Mapping[str, int], branches: Sequence[Branch], request: LatencyRequest) -> tuple[Sample, ...]:
-    """The full network, a half in width and depth, a quarter and a third, and the narrowest."""
+    """Return the networks to time: full, half in width and depth, a quarter in width and a third in depth, narrowest."""
     floor, step = request.floor, request.step
 
     def cut(share: float) -> dict[str, int]:
+        """Return widths of about this share, multiples of `step` and no less than the floors."""
         counts = {name: -(-int(share * size) // step) * step for name, size in sizes.items()}
         return {
             name: min(max(floor[name], counts[name], min(step, size)), size) if name in floor else size
@@ -236,6 +246,7 @@ def _samples(sizes: Mapping[str, int], branches: Sequence[Branch], request: Late
 
 
 def _network_key(operations: Sequence[Operation], sample: Sample, request: LatencyRequest, dtype: torch.dtype) -> str:
+    """Return the key of a whole network in the table, a digest of its operations' keys."""
     keys = [op.at(op.sizes_at(sample.kept), dtype)[0] for op in operations if op.branch not in sample.dropped]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
     return f"network {digest} batch {request.batch}{' folded' if request.folded else ''}"
@@ -244,6 +255,8 @@ def _network_key(operations: Sequence[Operation], sample: Sample, request: Laten
 def _prepare_operation(
     target: Callable[..., Any], args: Sequence[Any], device: torch.device, dtype: torch.dtype
 ) -> Prepare:
+    """Return the function that allocates an operation's arguments and returns a call of it."""
+
     def value(arg: Any) -> Any:
         if isinstance(arg, dict):
             tensor = torch.full(arg["shape"], 0.5, device=device, dtype=dtype)
@@ -260,10 +273,12 @@ def _prepare_operation(
 def _prepare_network(
     net: nn.Module, input_size: tuple[int, int, int], request: LatencyRequest, device: torch.device
 ) -> Prepare:
+    """Return the function that readies a network, folded if requested, and returns a call of it on a batch."""
+
     @cache
     def prepare() -> Callable[[], object]:
         ready = fold(net, input_size) if request.folded else copy.deepcopy(net).eval()
-        ready = ready.to(device, memory_format=torch.channels_last)
+        ready = ready.to(device).to(memory_format=torch.channels_last)
         dtype = next(ready.parameters()).dtype
         images = torch.full((request.batch, *input_size), 0.5, device=device, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -273,13 +288,13 @@ def _prepare_network(
 
 
 def _sampled(net: nn.Module, analysis: NetworkAnalysis, sample: Sample) -> nn.Module | None:
-    """A copy as narrow and shallow as the sample, whichever channels; None where the network's own code does not allow that."""
+    """Return a copy with the widths and branches of a sample, whichever channels; None if the network's code forbids them."""
     shapes, branches = analysis.shapes, analysis.branches
     widths = axis_widths(analysis.groups, shapes)
     small = copy.deepcopy(net)
     sized = {}
     for name, shape in widths_of(net).items():
-        # A tensor that belongs to no layer stands under its own name.
+        # A tensor that belongs to no layer is listed by its own name.
         own = (name, *(f"{name}.{key}" for key in ("weight", "constant", "running_mean")))
         tensor = next(key for key in own if key in shapes)
         sized[name] = [

@@ -1,4 +1,4 @@
-"""Milliseconds of operations and networks, timed in turns; a table keeps them, on disk what is to be timed once on a machine."""
+"""Timings of operations and networks, measured in turns; those of operations are kept on disk for later runs."""
 
 import hashlib
 import json
@@ -17,19 +17,20 @@ from hf_camphive.core.runtime import ALONE, Workers, environment
 
 logger = logging.getLogger(__name__)
 SCHEMA = 3
-CALLS, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 4, 5, 40, 30  # the machine's speed drifts: many rounds
-CHUNK = 512  # entries that take turns, and are then kept
-LOCK_SECONDS = 60.0  # that a process waits for others to write, which takes them milliseconds
+CALLS, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 4, 5, 40, 30  # many rounds, because the machine's speed drifts
+CHUNK = 512  # entries that are timed in turns and then written to disk together
+LOCK_SECONDS = 60.0  # longest wait for other processes to write, which takes them milliseconds
 
-Prepare = Callable[[], Callable[[], object]]  # makes the inputs, returns what is to be timed
+Prepare = Callable[[], Callable[[], object]]
+"""Allocates inputs and returns the function to be timed."""
 Timer = Callable[[Mapping[str, Prepare], torch.device, Workers], dict[str, float]]
 
 
 class LatencyTable:
-    """Milliseconds by key. Those of operations are kept in `folder` (by default where Hugging Face libraries keep theirs).
+    """Hold milliseconds by key, and keep those of operations in `folder` (by default `$HF_HOME/camphive`).
 
-    One file for each device, its vector instructions, number of threads and version of torch. A file that cannot be read is
-    started afresh.
+    There is one file for each combination of device, vector instructions, number of threads and version of torch. A file
+    that cannot be read is replaced, with a warning.
     """
 
     def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None, timer: Timer | None = None):
@@ -43,7 +44,7 @@ class LatencyTable:
         self._yardstick: tuple[str, Prepare] | None = None
 
     def measure(self, works: Mapping[str, Prepare], workers: Workers = ALONE) -> None:
-        """Time those that are not in the table, and keep them."""
+        """Time the works whose keys are not in the table, and write them to disk."""
         missing = [key for key in works if key not in self.ms]
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
@@ -52,10 +53,10 @@ class LatencyTable:
             self._save(found)
 
     def measure_networks(self, works: Mapping[str, Prepare], workers: Workers = ALONE) -> None:
-        """Time whole networks, for as long as this table lives: on another day the machine may be faster or slower.
+        """Time whole networks, for this object only: in another run the machine may be faster or slower.
 
-        The first one ever given is timed again beside later ones, which tells how much slower the machine has become
-        since, and all are told in the milliseconds of that first time: budgets are.
+        The first network ever given is timed again with all later ones. Their times are multiplied by the ratio of its
+        first to its present time, so that all are in the milliseconds of the first call, like the budgets.
         """
         missing = {key: work for key, work in works.items() if key not in self.ms}
         if not missing:
@@ -67,6 +68,7 @@ class LatencyTable:
         self.ms |= {key: pace * ms for key, ms in found.items()}
 
     def _load(self) -> dict[str, float]:
+        """Return the entries of the file, none if it is absent, damaged or of another schema."""
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
             if values["schema"] == SCHEMA:
@@ -78,15 +80,15 @@ class LatencyTable:
         return {}
 
     def _save(self, found: Mapping[str, float]) -> None:
-        """Add entries to the file, which is replaced whole; a lock keeps what other processes add at the same time.
+        """Add entries to the file, atomically; a lock preserves entries that other processes add at the same time.
 
-        A file or a lock that cannot be had costs a warning, not the run.
+        Logs a warning if the file or the lock is not available.
         """
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS):
-                text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self._load() | found}, indent=0)
+                text = json.dumps({"schema": SCHEMA, "about": self.about, "ms": self._load() | dict(found)}, indent=0)
                 temporary.write_text(text, encoding="utf-8")
                 os.replace(temporary, self.path)
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
@@ -94,13 +96,14 @@ class LatencyTable:
 
 
 def typical_times(works: Mapping[str, Prepare], device: torch.device, workers: Workers = ALONE) -> dict[str, float]:
-    """Milliseconds of each work, the median over rounds in which all take turns, so that other load slows all alike.
+    """Return each work's median milliseconds over rounds in which all take turns, so that other load slows all alike.
 
-    Not the least: a short work has more chances of a lucky moment than a long one, and narrow networks would look too fast.
+    Minimum times would favour narrow networks, since a short work has more chances of an undisturbed moment.
     """
     times: dict[str, list[float]] = {key: [] for key in works}
 
     def take_turns() -> None:
+        """Time every work once, after one untimed call."""
         for key, prepare in works.items():
             run = prepare()
             _milliseconds(run, device)
@@ -118,7 +121,7 @@ def typical_times(works: Mapping[str, Prepare], device: torch.device, workers: W
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one call; on an accelerator of one in a row of calls, since they overlap there."""
+    """Return the milliseconds of one call; on an accelerator the mean of ten in a row, since calls overlap there."""
     calls = 1 if device.type == "cpu" else 10
     if calls > 1:
         torch.accelerator.synchronize(device)
