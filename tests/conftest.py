@@ -22,3 +22,19 @@ def accelerator():
     yield fresh_accelerator()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def registrations():
+    """What a test registers (criteria, merge rules, handlers of operations) is gone after it."""
+    from hf_camphive.core import methods
+    from hf_camphive.network.graph import handlers
+    from hf_camphive.pruning.merging import rules
+    from hf_camphive.pruning.scoring import criteria
+
+    tables = (methods.CRITERIA, methods.MERGE_RULES, criteria.SCORERS, rules.MERGERS, handlers.HANDLERS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before):
+        table.clear()
+        table.update(rows)

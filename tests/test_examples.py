@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from support.brief import time_briefly
 
-import hf_camphive
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {  # example: something that only its last step prints
     "prune_and_reload": "All three readers give the same digits",
@@ -26,12 +24,11 @@ def test_every_example_is_run():
     assert scripts == {*SAYS, "several_processes"}
 
 
+@pytest.mark.usefixtures("registrations")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "latency_budget" else name for name in SAYS]
 )
 def test_an_example_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
-    if name == "my_own_criterion" and not hasattr(hf_camphive, "register_criterion"):
-        pytest.skip("hf_camphive.register_criterion does not exist yet")
     monkeypatch.chdir(tmp_path)
     if name != "latency_budget":  # its point is what is timed
         time_briefly(monkeypatch)

@@ -301,7 +301,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, chosen
 
 def test_weights_are_not_compared(tmp_path):
     config = CampHiVeConfig.from_preset("camphive-paper-weights", num_train_epochs=0.0)
-    with pytest.raises(ConfigError, match="of which single weights save none"):
+    with pytest.raises(ConfigError, match="zeroing single weights saves none"):
         opened(tmp_path / "grid", config).check(cells())
 
 
