@@ -61,8 +61,9 @@ class RecordFormat:
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             raise self.error(f"{where} holds a value of type {kind}, not a table of keys and values; {self.remedy}")
-        schema = values.get("schema", None if self.schema_required else self.schema)
-        if schema != self.schema:
+        if self.schema_required and "schema" not in values:
+            raise self.error(f"{where} has no schema, so that hf_camphive did not write it; {self.remedy}")
+        if (schema := values.get("schema", self.schema)) != self.schema:
             raise self.error(
                 f"{where} has schema {schema}, not {self.schema}; install the version of hf_camphive that wrote it"
             )

@@ -184,7 +184,7 @@ def test_plans_with_something_wrong(change):
         ('{"schema": 1, "cycles": [', "not valid JSON"),
         (b"\xff", "not valid JSON"),
         ('{"schema": 2, "cycles": []}', "has schema 2, not 1; install the version of hf_camphive that wrote it"),
-        ('{"cycles": []}', "has schema None, not 1"),
+        ('{"cycles": []}', "has no schema, so that hf_camphive did not write it"),
         ("[]", "holds a value of type list, not a table"),
         ('{"schema": 1}', "is damaged .it lacks 'cycles'."),
         ('{"schema": 1, "cycles": 5}', "is damaged"),

@@ -85,7 +85,7 @@ def test_rows_kept_before_notes_were_are_read():
     [
         ("", "not valid JSON"),
         ("[]", "type list"),
-        ("{}", "schema None"),
+        ("{}", "no schema"),
         ('{"schema": 2, "rows": [], "settings": {}}', "schema 2, not 1"),
         ('{"schema": 1, "rows": [{"cell": 1}]}', "damaged .* restore it, or choose another --output-dir"),
     ],
