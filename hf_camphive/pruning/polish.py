@@ -1,10 +1,10 @@
-"""Polish: label-free steps that bring the cut network's logits back to the dense network's.
+"""Polish: label-free steps after the cut that pull the logits towards the dense network's.
 
-Reconstruction fits one layer at a time; what it leaves is an error that all layers share. A least-squares fit also gives
-less variance than what it was fitted to, layer after layer, which BatchNorm can make good: its statistics may go part of
-the way to those of the calibration images. Then a short descent on all weights at once, towards the dense network's own
-logits on varied calibration images, takes part of the error away. No label is read. It is training in so far as it follows
-a gradient: reports state the accuracy before it and after it.
+Reconstruction fits one layer at a time and leaves an error that all layers share. The output of a least-squares fit also
+varies less than its target, in each layer, which BatchNorm can correct: its statistics may move part of the way to those
+of the calibration images. A short gradient descent on all weights, towards the dense network's logits on varied
+calibration images, then reduces the remaining error. No label is read. Because this follows a gradient, reports state the
+accuracy before it and after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ Statistics = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class PolishOptions:
-    """Gradient `steps` per attempt, the seed of the views, and the precision of forward passes."""
+    """Set the number of gradient `steps` per attempt, the seed of the views, and the precision of forward passes."""
 
     steps: int
     seed: int = 0
@@ -51,7 +51,7 @@ class PolishOptions:
 
 @dataclass(frozen=True)
 class Polished:
-    """How far a network went: to recalibrated statistics of BatchNorm, and to where the descent of its weights ended."""
+    """Record the shares of the way, in [0, 1], to recalibrated BatchNorm statistics and to the end of the gradient steps."""
 
     statistics: float = 0.0
     weights: float = 0.0
@@ -59,12 +59,12 @@ class Polished:
 
 @dataclass(frozen=True)
 class Views:
-    """One step's images and what becomes of each: their numbers among all calibration images, and random values [B]."""
+    """Describe the images of one step: their indices among all calibration images, and how each is varied, [B] each."""
 
-    numbers: Tensor
+    indices: Tensor
     mirrored: Tensor
     shifts: Tensor  # [B, 2], rows and columns
-    partner: Tensor  # in [0, 1): which other image of its batch is mixed in
+    partner: Tensor  # in [0, 1): position in its batch of the image that is mixed in
     mix: Tensor
     contrast: Tensor
     brightness: Tensor
@@ -80,22 +80,24 @@ def polish(
     recalibrated: nn.Module | None = None,
     workers: Workers = ALONE,
 ) -> Polished:
-    """Change `net` in place: BatchNorm's statistics, then all weights, by `steps` steps of Adam towards the logits of `dense`.
+    """Pull the logits of `net` towards those of `dense`, in place, and return how far it was changed.
 
-    Means and standard deviations go part of the way to those of `recalibrated`, the same network with others; where it
-    is None they stay. Then min over theta of E_v ||f_theta(v) - f_dense(v)||^2 / K over views v of the calibration
-    images, logits [B, K]. A view is mirrored, shifted, mixed with another image and changed in contrast and brightness at
-    random (what is asked of the network there is the dense network's answer, whatever it is). Both networks are in eval
-    mode.
+    First, BatchNorm's means and standard deviations move part of the way to those of `recalibrated`, a copy of `net` with
+    other statistics; if it is None they stay. Then `steps` steps of Adam on all weights minimise
 
-    How far to go is judged by images that are held out, as they are: of the points between start and end the one with the
-    least KL(dense || net) at temperature 4 is taken, for the statistics as for the weights, and the shares of both ways
-    are returned. Where that is the weights' start, or the divergence has doubled half-way, a lower learning rate is
-    tried; after the lowest the weights stay as they were. The images must have been held out of the reconstruction too:
-    those that it fitted look nearer than others are, and stop too early.
+        E_v ||f_theta(v) - f_dense(v)||^2 / K
 
-    On several processes each computes the gradients of its own images, and `workers` sum them: all end with the same
-    weights, which are those of one process up to rounding.
+    over views v of the calibration images, for logits [B, K]. A view is mirrored, shifted, mixed with another image and
+    changed in contrast and brightness at random. Both networks are in eval mode.
+
+    The unchanged images of `held_out` decide how far to go: of the points between start and end, for the statistics and
+    then for the weights, the one with the least KL(dense || net) at `POLISH_TEMPERATURE` is taken. If that is the start
+    of the weights, or the divergence has exceeded `DIVERGENCE_LIMIT` times its first value half-way, the next lower
+    learning rate is tried; after the lowest the weights stay unchanged. These images must have been held out of the
+    reconstruction too: images that it fitted look closer to the dense network than others, and would stop too early.
+
+    On several processes each computes the gradients of its own images, and `workers` sums them: all end with the same
+    weights, equal to those of one process up to rounding.
     """
     if not (options.steps and calibration.total and held_out.total):
         return Polished()
@@ -109,7 +111,7 @@ def polish(
 
 
 class _PolishRun:
-    """What the attempts at polishing share: where they begin, their images, and how far the start is from the goal."""
+    """Hold what the attempts at polishing share: the initial weights, the images, and the initial divergence."""
 
     def __init__(
         self,
@@ -123,20 +125,20 @@ class _PolishRun:
         self.net, self.dense, self.options, self.workers = net, dense, options, workers
         self.parameters = [parameter for parameter in net.parameters() if parameter.is_floating_point()]
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.own = _Own(calibration)
+        self.own = _OwnImages(calibration)
         self.held_out = held_out.images
         self.targets = [self._target(images) for images in self.held_out]
         self.divergence = self._divergence()
 
     def restore(self, recalibrated: nn.Module) -> float:
-        """Take BatchNorm's statistics to the best point of the line to those of `recalibrated`; the share of the way."""
+        """Move BatchNorm's statistics to the best point on the line to those of `recalibrated`; return the share of the way."""
         start, end = _statistics(self.net), _statistics(recalibrated)
         if not start:
             return 0.0
         return self._best_of(STATISTICS_SHARES, lambda share: _set_statistics(self.net, start, end, share))
 
     def run(self, learning_rate: float) -> float:
-        """Polish from the start, and go to the best point of the line to where that ends; the share of the way."""
+        """Take gradient steps from the start, move to the best point on the line to their end, and return its share."""
         optimizer = torch.optim.Adam(self.parameters, learning_rate, betas=BETAS)
         views, steps = _draw(self.own.total, self.own.size, self.options.seed), self.options.steps
         for step in self.workers.track(range(steps), "Polish", "step"):
@@ -152,7 +154,7 @@ class _PolishRun:
         return self._best_of(LINE_SHARES, lambda share: self._go_to(share, end))
 
     def _best_of(self, line: Sequence[float], go_to: Callable[[float], None]) -> float:
-        """Go to the point of a line that the held out images like best, its start 0 included."""
+        """Move to the point of a line, its start at 0 included, with the least held-out divergence; return its share."""
         divergences = {0.0: self.divergence}
         for share in line:
             go_to(share)
@@ -163,19 +165,20 @@ class _PolishRun:
         return best
 
     def _go_to(self, share: float, end: list[Tensor]) -> None:
-        """That share of the way from the start to the end."""
+        """Set the weights to that share of the way from the start to `end`."""
         with torch.no_grad():
             for parameter, start, last in zip(self.parameters, self.start, end):
                 parameter.copy_(start if share == 0 else torch.lerp(start, last, share))
 
     def _add_gradients(self, views: Views) -> None:
+        """Add the gradients of the mean squared error of the logits over one step's views, of all processes."""
         if len(images := self.own.render(views)):
             errors = (self._logits(images) - self._target(images)).square().mean(1)
-            (errors.sum() / len(views.numbers)).backward()
+            (errors.sum() / len(views.indices)).backward()
         _sum_gradients(self.parameters, self.workers)
 
     def _divergence(self) -> float:
-        """KL(dense || net) of logits / `POLISH_TEMPERATURE`, summed over the held out images of all processes."""
+        """Return KL(dense || net) of logits / `POLISH_TEMPERATURE`, summed over the held-out images of all processes."""
         total = torch.zeros(1, dtype=torch.float64, device=float64_device(self.own.images.device))
         with torch.no_grad():
             for images, target in zip(self.held_out, self.targets):
@@ -186,38 +189,41 @@ class _PolishRun:
         return float(self.workers.sum(total))
 
     def _target(self, images: Tensor) -> Tensor:
+        """Return the dense network's logits [B, K], without gradients."""
         with torch.no_grad(), autocast(images.device, self.options.precision):
             return at_least_fp32(self.dense(images))
 
     def _logits(self, images: Tensor) -> Tensor:
+        """Return the cut network's logits [B, K]."""
         with autocast(images.device, self.options.precision):
             return at_least_fp32(self.net(images))
 
 
-class _Own:
-    """This process's calibration images, found by their numbers among those of all processes."""
+class _OwnImages:
+    """Hold this process's calibration images, found by their indices among those of all processes."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.images = torch.cat(calibration.images)
-        self.size, self.total = tuple(self.images.shape[-2:]), calibration.total
-        numbers = torch.cat(calibration.indices).cpu()
+        self.size, self.total = (self.images.shape[-2], self.images.shape[-1]), calibration.total
+        indices = torch.cat(calibration.indices).cpu()
         self.place = torch.full((calibration.total,), -1)
-        self.place[numbers] = torch.arange(len(numbers))
+        self.place[indices] = torch.arange(len(indices))
         sizes = torch.tensor([len(batch) for batch in calibration.indices])
         self.batch_size = sizes.repeat_interleave(sizes)
         self.batch_start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
 
     def render(self, views: Views) -> Tensor:
-        """Those views that are of this process's images, [n, C, H, W].
+        """Return the views of those images that this process holds, [n, C, H, W].
 
-        An image is mixed with one of its own calibration batch, which is whole on one process.
+        An image is mixed with one of its own calibration batch, all of which is on one process.
         """
-        place = self.place[views.numbers]
+        place = self.place[views.indices]
         mine = place >= 0
         place = place[mine]
         partner = self.batch_start[place] + (views.partner[mine] * self.batch_size[place]).long()
 
         def column(values: Tensor) -> Tensor:
+            """Return this process's values [n, 1, 1, 1], for broadcasting over images."""
             return values[mine].view(-1, 1, 1, 1).to(self.images)
 
         images = _moved(self.images[place], views.shifts[mine], views.mirrored[mine])
@@ -228,7 +234,7 @@ class _Own:
 
 
 def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
-    """Images [n, C, H, W] shifted by [n, 2] pixels, edges repeated, and mirrored where it says so, [n]."""
+    """Shift images [n, C, H, W] by [n, 2] pixels, repeating edges, and mirror those where `mirrored` [n] is true."""
     height, width = images.shape[-2:]
     rows = (torch.arange(height) + shifts[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width) + shifts[:, 1:]).clamp(0, width - 1)
@@ -238,9 +244,9 @@ def _moved(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
-    """Yield views of `total` images without end, the same on every process: each image once before any comes again.
+    """Yield views of `total` images without end, the same on every process; each image once before any is repeated.
 
-    A step that takes the last images of one round takes others from the next, so that it shows none twice.
+    A step that spans two rounds takes from the second only images that it has not taken from the first.
     """
     generator = torch.Generator().manual_seed(seed)
     count = min(total, POLISH_IMAGES, max(1, POLISH_PIXELS // (size[0] * size[1])))
@@ -251,10 +257,10 @@ def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
             following = torch.randperm(total, generator=generator)
             repeated = torch.isin(following, left)
             left = torch.cat([left, following[~repeated], following[repeated]])
-        numbers, left = left[:count], left[count:]
+        indices, left = left[:count], left[count:]
         mirrored, down, right, partner, mix, contrast, brightness = torch.rand(7, count, generator=generator)
         yield Views(
-            numbers=numbers,
+            indices=indices,
             mirrored=mirrored < 0.5,
             shifts=(torch.stack([down, right], dim=1) * (2 * most + 1)).long() - most,
             partner=partner,
@@ -265,30 +271,37 @@ def _draw(total: int, size: tuple[int, int], seed: int) -> Iterator[Views]:
 
 
 def _statistics(net: nn.Module) -> Statistics:
-    """Running mean and variance [C] of every BatchNorm that keeps them, as they are now."""
-    return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in batchnorms(net).values()]
+    """Return copies of the running mean and variance [C] of every BatchNorm that keeps them."""
+    return [(mean.clone(), variance.clone()) for mean, variance in _running(net)]
+
+
+def _running(net: nn.Module) -> Statistics:
+    """Return the buffers of running mean and variance [C] of every BatchNorm that keeps them."""
+    return [(norm.get_buffer("running_mean"), norm.get_buffer("running_var")) for norm in batchnorms(net).values()]
 
 
 def _set_statistics(net: nn.Module, start: Statistics, end: Statistics, share: float) -> None:
-    """Means and standard deviations at that share of the way."""
-    for norm, (mean, variance), (last_mean, last_variance) in zip(batchnorms(net).values(), start, end, strict=True):
-        norm.running_mean.copy_(mean.lerp(last_mean, share))
-        norm.running_var.copy_(variance if share == 0 else variance.sqrt().lerp(last_variance.sqrt(), share).square())
+    """Set BatchNorm's means and standard deviations to that share of the way from `start` to `end`."""
+    for buffers, (mean, variance), (last_mean, last_variance) in zip(_running(net), start, end, strict=True):
+        buffers[0].copy_(mean.lerp(last_mean, share))
+        buffers[1].copy_(variance if share == 0 else variance.sqrt().lerp(last_variance.sqrt(), share).square())
 
 
 def _sum_gradients(parameters: list[nn.Parameter], workers: Workers) -> None:
-    """Gradients summed over processes, in one message."""
+    """Replace all gradients by their sums over processes, in one message; absent ones count as zero."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = workers.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-    for parameter, gradient in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
-        parameter.grad.copy_(gradient.view_as(parameter))
+        gradients.append(parameter.grad)
+    flat = workers.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
 
 
 @contextmanager
 def _evaluating(net: nn.Module, gradients: bool) -> Iterator[None]:
-    """The network in eval mode, with gradients for all of its weights or none; afterwards all is as it was."""
+    """Put a network in eval mode, with gradients for all of its weights or none, and restore both on exit."""
     wanted = {parameter: parameter.requires_grad for parameter in net.parameters()}
     with keeping_modes(net):
         net.eval().requires_grad_(gradients)

@@ -1,4 +1,4 @@
-"""Trials: plan, merge and cut a copy of the network on some of the calibration images, judged by images held out of it."""
+"""Trials: plan, merge and cut a copy of the network on some calibration images, and measure its error on held-out ones."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What the trials of one cycle share: the network to cut, the dense network, the merge, and the calibration images."""
+    """Hold what the trials of one cycle share: the network to cut, the dense network, the merge, and calibration images."""
 
     net: nn.Module
     dense: nn.Module
@@ -30,29 +30,30 @@ class Trial:
 
     @property
     def is_possible(self) -> bool:
-        """Whether enough images can be held out to judge by."""
+        """Return True if at least `MIN_HOLDOUT` images can be held out."""
         return self.calibration.total >= HOLDOUT_STRIDE * MIN_HOLDOUT
 
     def early_weight(self, plan_for: Callable[[float], PrunePlan]) -> tuple[float, int]:
-        """Return the weight of early scores whose trial merge is nearest to the dense network, and how many images judged.
+        """Return the weight of early scores whose trial merge is nearest to the dense network, and the held-out images.
 
-        `plan_for(weight)` makes the plan of a weight. A trial is judged by the mean distance ||f(x) - f_dense(x)|| of
-        logits: of a divergence, a few images would make up most.
+        `plan_for(weight)` makes the plan of a weight (`best_early_weight` says which are tried). The loss of a trial is
+        the mean distance ||f(x) - f_dense(x)|| of logits over held-out images; a divergence would be dominated by a few
+        of them. The second value is the number of held-out images.
         """
-        fitted, judges = self.calibration.split(HOLDOUT_STRIDE)
+        fitted, held_out = self.calibration.split(HOLDOUT_STRIDE)
         some = fitted.split(TRIAL_STRIDE)[1]
         with torch.no_grad():
-            targets = [self.dense(images) for images in judges.images]
+            targets = [self.dense(images) for images in held_out.images]
 
         @torch.no_grad()
         def loss(weight: float) -> float:
             task = replace(self.task, plan=plan_for(weight), images=some.images)
             net = apply_plan(self.net, task.plan, task.trace, merge(task))
-            mean = float(task.workers.sum(distance(net, judges.images, targets))) / judges.total
+            mean = float(task.workers.sum(distance(net, held_out.images, targets))) / held_out.total
             logger.info("Trial with early weight %g: logits are %.4g from the dense network's", weight, mean)
             return mean
 
-        return best_early_weight(loss), judges.total
+        return best_early_weight(loss), held_out.total
 
 
 def distance(net: nn.Module, batches: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

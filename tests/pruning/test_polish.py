@@ -131,11 +131,11 @@ def test_every_image_comes_once_before_any_comes_again(total):
     """Steps of at most 64 images, also where a step takes the last of one round and the first of the next."""
     steps = 4 * total // min(total, 64) + 1
     first, again = (list(islice(_draw(total, (8, 8), seed=3), steps)) for _ in range(2))
-    shown = torch.cat([views.numbers for views in first])
+    shown = torch.cat([views.indices for views in first])
     rounds = [some for some in shown.split(total) if len(some) == total]
     assert len(rounds) >= 4 and all(torch.equal(some.sort().values, torch.arange(total)) for some in rounds)
-    assert all(len(views.numbers) == min(total, 64) == len(views.numbers.unique()) for views in first)
-    assert torch.equal(shown, torch.cat([views.numbers for views in again]))  # and so on every process
+    assert all(len(views.indices) == min(total, 64) == len(views.indices.unique()) for views in first)
+    assert torch.equal(shown, torch.cat([views.indices for views in again]))  # and so on every process
     assert total == 1 or len({tuple(some.tolist()) for some in rounds}) > 1
 
 
