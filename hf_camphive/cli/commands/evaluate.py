@@ -22,6 +22,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from hf_camphive.core.runtime import Workers, environment, make_accelerator
     from hf_camphive.hub.report import Stage, stages_table
     from hf_camphive.network.footprint import footprint, measure_latency
+    from hf_camphive.network.timm_interface import input_size
     from hf_camphive.training.evaluation import evaluate_accuracy
 
     config = CampHiVeConfig()
@@ -36,7 +37,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         )
     loader, split = loaders.evaluation
     accuracy = evaluate_accuracy(net, loader, accelerator, split)
-    size = tuple(net.pretrained_cfg["input_size"])
+    size = input_size(net)
     latency = Workers(accelerator).on_main(lambda: measure_latency({"model": net}, size))["model"]
     if accelerator.is_main_process:
         stage = Stage(short_name(model.model), footprint(net, size, latency), accuracy)

@@ -47,36 +47,43 @@ def expand(arguments: Sequence[str]) -> None:
     if options.groups and options.from_report:
         raise ConfigError("--groups and --from both say what to widen; leave one of them out")
 
-    from hf_camphive.core.measures import format_count
+    from hf_camphive.core.config import CampHiVeConfig
+    from hf_camphive.core.runtime import Workers, make_accelerator
     from hf_camphive.hub.saving import check_output_folder, save_expanded
 
-    output = check_output_folder(options.output_dir or f"outputs/{short_name(model.model)}-wide", options.overwrite)
-    log_to_terminal(main_process=True)
+    workers = Workers(make_accelerator(CampHiVeConfig()))
+    folder = options.output_dir or f"outputs/{short_name(model.model)}-wide"
+    output = workers.on_main(lambda: check_output_folder(folder, options.overwrite))
+    log_to_terminal(workers.is_main)
     names = _group_names(options)
     base = load_model(model)
     net, record = _widen(base, names, options)
-    folder = save_expanded(output, net, base, base.plans, record, options.overwrite)
+    saved = workers.on_main(lambda: save_expanded(output, net, base, base.plans, record, options.overwrite))
+    if workers.is_main:
+        _print_outcome(record, relative(saved))
+
+
+def _print_outcome(record: Any, folder: Path) -> None:
+    from hf_camphive.core.measures import format_count
+
     rows = [(w.group, str(w.size), str(len(w.sources)), "") for w in record.widenings]
     print(format_table([("group", "channels", "widened to", ""), *rows]))
     print(f"\nMACs per image: {format_count(record.macs_before)} -> {format_count(record.macs_after)}")
     print(f"parameters: {format_count(record.parameters_before)} -> {format_count(record.parameters_after)}")
-    shown = relative(folder)
-    print(f"\nThe function is the same. The model is in {shown}: train it, then camphive prune --model {shown}")
+    print(f"\nThe function is the same. The model is in {folder}: train it, then camphive prune --model {folder}")
 
 
 def _widen(base: Any, names: Sequence[str] | None, options: ExpandArguments) -> tuple[Any, Any]:
     """Return the widened network and the record of its widening."""
-    import torch
-
     from hf_camphive.core.measures import published
+    from hf_camphive.network.analysis import NetworkAnalysis
     from hf_camphive.network.footprint import count_macs, count_parameters
-    from hf_camphive.network.graph.tracing import trace_network
-    from hf_camphive.network.surgery.verification import check_groups
     from hf_camphive.network.surgery.widening import Expansion
     from hf_camphive.network.surgery.widening import expand as widen
+    from hf_camphive.network.timm_interface import input_size
 
-    size = tuple(base.net.pretrained_cfg["input_size"])
-    trace = check_groups(base.net, trace_network(base.net, size), torch.Generator().manual_seed(options.seed))
+    size = input_size(base.net)
+    trace = NetworkAnalysis.of(base.net, size, options.seed).trace
     net, widenings = widen(base.net, trace, options.factor, names, spread=options.spread, seed=options.seed)
     return net, Expansion(
         model_id=published(base.model_id),
