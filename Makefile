@@ -5,16 +5,17 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 DATA ?= ../shared/data
 
-.PHONY: help demo test lint format types docs test-slow test-realdata benchmark benchmark-curvature zoo clean
+.PHONY: help demo test lint format types docs test-slow test-zoo test-realdata benchmark benchmark-curvature zoo clean
 
 help:
 	@echo "make demo           make the bundled network more than twice as fast on handwritten digits (under 3 minutes after install)"
 	@echo "make test           run the test suite (offline, about 10 minutes on 2 cores)"
-	@echo "make lint           check style"
+	@echo "make lint           check style and types"
 	@echo "make format         correct style"
-	@echo "make types          check types (mypy)"
+	@echo "make types          check types alone (mypy)"
 	@echo "make docs           build the documentation strictly, into site/"
-	@echo "make test-slow      tests that take minutes"
+	@echo "make test-slow      the longer forms of those tests, whole runs, several processes (SLOWTIME)"
+	@echo "make test-zoo       fold every network of tests/zoo.txt (a quarter of an hour)"
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
 	@echo "make zoo            cut every network of tests/zoo.txt, here and with torch-pruning; resumable, hours"
 	@echo "make benchmark      every method on real data, torch-pruning's too (DATA=$(DATA)); hours, resumable"
@@ -44,7 +45,7 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
@@ -59,7 +60,10 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+test-zoo: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo -n 2 --dist worksteal
 
 test-realdata: $(VENV)/.test
 	$(BIN)/python -m pytest -m realdata

@@ -1,7 +1,7 @@
 """Every test of the command line works in a folder of its own, and times briefly."""
 
 import pytest
-from support.brief import skip_folding, time_briefly
+from support.brief import time_briefly
 from support.cli import prune
 
 
@@ -9,7 +9,6 @@ from support.cli import prune
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     time_briefly(monkeypatch)
-    skip_folding(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,7 @@ def test_every_flag_of_the_help_is_understood(capsys):
     assert {"--model_name_or_path", "--dataset_name", "--num_train_epochs", "--target_macs"} <= accepted
 
 
+@pytest.mark.slow
 def test_the_script_is_the_same_job():
     arguments = [*QUICK, "--merge", "none", "--output-dir", "small"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

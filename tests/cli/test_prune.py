@@ -289,6 +289,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_by_the_same_command(capsys):
     options = [*QUICK, "--dataloader-num-workers", "0", "--cycles", "2", "--output-dir", "out/small"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiers import first_by_default
 
 from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.errors import ModelError
@@ -235,7 +236,9 @@ def test_a_bundled_network_is_there_and_its_card_true(name):
         assert f"| top-1, {split} (300 images) | {right / 300:.2%} |" in card
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", first_by_default(["mobilenetv3_small_050", "resnet18", "mobilenetv2_100", "convnext_atto"])
+)
 def test_a_new_head_is_drawn_from_the_seed_and_the_old_network_is_left_alone(name):
     net = timm.create_model(name, num_classes=6).eval()
     base = models.BaseModel(net, name, {}, name, None, None, None)

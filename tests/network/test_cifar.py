@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support.tiers import first_by_default
 from timm.models import load_pretrained
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def load(net, state):
     return net.load_state_dict(cifar.checkpoint_filter(state, net), strict=True)
 
 
-@pytest.mark.parametrize("depth", [20, 56])
+@pytest.mark.parametrize("depth", first_by_default([20, 56]))
 def test_logits_equal_an_independent_reference_on_random_weights(depth):
     generator = torch.Generator().manual_seed(depth)
     state = random_public_state(depth, generator)
@@ -72,7 +73,7 @@ def test_logits_equal_an_independent_reference_on_random_weights(depth):
 
 @pytest.mark.realdata
 @pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the public CIFAR weights are not beside the project")
-@pytest.mark.parametrize("depth", [20, 32, 56])
+@pytest.mark.parametrize("depth", first_by_default([20, 32, 56]))
 def test_public_checkpoints_load_exactly_and_equal_the_reference(depth):
     file = WEIGHTS / f"cifar10_resnet{depth}.safetensors"
     state = load_file(file)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from support.plans import plan_with, random_plan
+from support.tiers import first_by_default
 from support.toys import Chain, ToyResNet, images, randomise, relative_error
 
 from hf_camphive.core.errors import ModelError, PlanError
@@ -28,7 +29,7 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", first_by_default(NETWORKS))
 def test_masked_is_shrunk(name):
     net = randomise(timm.create_model(name))
     size = (3, 32, 32) if "cifar" in name else (3, 64, 64)

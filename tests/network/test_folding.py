@@ -205,7 +205,7 @@ def test_small_networks_of_timm_are_folded(name):
 BESIDE_THE_ZOO = ["resnetv2_50x1_bit", "resnetv2_18d", "resnet14t", "nf_ecaresnet26", "dm_nfnet_f0"]
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", [*zoo.LIST.read_text().split("\n")[1:-1], *BESIDE_THE_ZOO])
 def test_networks_of_timm_are_folded(name):
     net, size = zoo.network(name)

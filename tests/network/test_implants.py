@@ -266,6 +266,7 @@ torch.save(model(pixels).logits.detach(), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_every_reader_loads_implants(run, tmp_path):
     job, folder = run
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from support.tensors import aligned
+from support.tiers import first_by_default
 from timm.layers import SpaceToDepth
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -85,7 +86,7 @@ def masked(net: nn.Module, slots: list[str], keep: list[int]) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", first_by_default(ZOO))
 def test_resizing_to_its_own_widths_changes_nothing(name):
     net = timm.create_model(name).eval()
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
@@ -96,7 +97,7 @@ def test_resizing_to_its_own_widths_changes_nothing(name):
     assert (net.num_features, net.head_hidden_size, list(net.feature_info)) == told
 
 
-@pytest.mark.parametrize("name,block,layers", GROUPS)
+@pytest.mark.parametrize("name,block,layers", first_by_default(GROUPS))
 def test_narrowed_equals_masked(name, block, layers):
     net = build(name, num_classes=10).double()
     slots = [f"{block}.{layer}" for layer in layers]
@@ -236,7 +237,7 @@ SHORTCUTS = [
 ]
 
 
-@pytest.mark.parametrize("name,block,shortcut,after,last", SHORTCUTS)
+@pytest.mark.parametrize("name,block,shortcut,after,last", first_by_default(SHORTCUTS))
 def test_shortcut_equals_a_block_whose_branch_is_constant(name, block, shortcut, after, last):
     net = build(name, num_classes=10).double()
     norm = net.get_submodule(f"{block}.{last}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tiers import first_by_default
 from support.toys import images, randomise, relative_error, seeded
 from support.zoo import zoo
 from timm.layers import LayerNorm2d, ScaledStdConv2d
@@ -26,7 +27,7 @@ SAMPLE = [  # small ones of families that differ: residuals, gates, splits, shuf
 ]
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", first_by_default(SAMPLE, 2))
 def test_a_network_of_the_zoo_is_cut_trained_and_read_back(name):
     assert name in zoo.LIST.read_text().split("\n")
     row = zoo.prune_here(name)

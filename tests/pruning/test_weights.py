@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.brief import skip_folding, time_briefly
+from support.brief import time_briefly
 from support.runs import KILLS, Killed, digits, kill_after, pruned
 from support.scoring import subject_for
 from support.training import CONFIG as TRAINING
@@ -120,7 +120,6 @@ WEIGHTS = CampHiVeConfig.from_preset(
 @pytest.fixture(autouse=True)
 def brief_latency(monkeypatch):
     time_briefly(monkeypatch)
-    skip_folding(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ import timm
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from support.brief import measure_briefly, skip_folding, time_briefly
+from support.brief import measure_briefly, time_briefly
 from support.runs import CONFIG, KILLS, Killed, digits, kill_after, pruned
+from support.tiers import first_by_default
 from torch import nn
 
 import hf_camphive
@@ -46,7 +47,6 @@ from hf_camphive.training.evaluation import evaluate_accuracy
 @pytest.fixture(autouse=True)
 def brief_latency(monkeypatch):
     time_briefly(monkeypatch)
-    skip_folding(monkeypatch)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -109,7 +109,7 @@ def test_finetuning_starts_from_the_pruned_network(finetuned):
     assert pruned().plans == job.plans
 
 
-@pytest.mark.parametrize("changes", [{}, {"criterion": "random"}, {"num_train_epochs": 1}], ids=str)
+@pytest.mark.parametrize("changes", first_by_default([{"num_train_epochs": 1}, {}, {"criterion": "random"}]), ids=str)
 def test_the_same_seed_gives_the_same_network(changes):
     config = replace(CONFIG, **changes)
     first = pruned(config)
@@ -422,7 +422,7 @@ def undisturbed() -> CampHiVePruner:
     return pruned(TWO_CYCLES)
 
 
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("kill", first_by_default(list(KILLS), 2))
 def test_a_killed_run_goes_on_to_the_same_end(kill, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_after(patch, *KILLS[kill])
@@ -452,6 +452,7 @@ def test_a_resumed_run_does_not_repeat_what_was_done(tmp_path, monkeypatch):
     pruned(TWO_CYCLES, work_dir=tmp_path / "work", resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_new_classifier_goes_on_to_the_same_end(colours, tmp_path, monkeypatch):
     config = replace(HEAD, criterion="magnitude", merge="none", num_train_epochs=1)
     whole = on_colours(colours, config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.brief import skip_folding, time_briefly
+from support.brief import time_briefly
 from support.runs import CONFIG, digits, pruned
 from support.toys import randomise
 from torch import nn
@@ -43,7 +43,6 @@ def registered():
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     time_briefly(monkeypatch)
-    skip_folding(monkeypatch)
 
 
 def test_a_criterion_from_outside_does_the_main_job(registered, tmp_path):

@@ -14,8 +14,3 @@ def time_briefly(patch: pytest.MonkeyPatch) -> None:
     """A few runs of each network are timed, not a hundred."""
     for module in (pruner, footprint):
         patch.setattr(module, "measure_latency", measure_briefly)
-
-
-def skip_folding(patch: pytest.MonkeyPatch) -> None:
-    """What is timed as folded is the network as it is: folding exports it, and has tests of its own."""
-    patch.setattr(pruner, "fold", lambda net, input_size: net)

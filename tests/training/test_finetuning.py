@@ -378,6 +378,7 @@ def same_everywhere(x: torch.Tensor, accelerator: Accelerator) -> bool:
     return bool((accelerator.gather(x[None]) == x).all())
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
