@@ -1,6 +1,7 @@
 """The documentation is true: its code runs, its commands, files and names exist, its figures are those of the kept results."""
 
 import ast
+import doctest
 import importlib
 import json
 import re
@@ -15,6 +16,9 @@ from support.scoring import context
 import hf_camphive
 from hf_camphive.cli.main import main
 from hf_camphive.core.methods import CRITERIA, MERGE_RULES, PRESETS
+from hf_camphive.network.footprint import count_parameters
+from hf_camphive.pruning.merging import rules
+from hf_camphive.pruning.scoring import criteria
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -91,21 +95,26 @@ def run_recipe(heading: str) -> dict:
     return names
 
 
-@pytest.mark.usefixtures("registrations")
-def test_the_recipe_for_a_criterion_runs():
+def test_the_recipe_for_a_criterion_runs(registrations):
     assert run_recipe("Add a criterion")["plan"].criterion == "filter-norm"
 
 
-@pytest.mark.usefixtures("registrations")
-def test_the_recipe_for_a_merge_rule_runs():
+def test_the_recipe_for_a_merge_rule_runs(registrations):
     names = run_recipe("Add a merge rule")
-    assert names["pruner"].config.merge == "scaled" and names["plan"].cuts
+    assert names["plan"].merge == "mean-value"
+    assert count_parameters(names["small"]) < count_parameters(names["base"].net)
 
 
-@pytest.mark.usefixtures("registrations")
-def test_the_recipe_for_an_operation_runs(capsys):
-    assert run_recipe("Add an operation handler")["group"].frozen is None
-    assert "logit" in capsys.readouterr().out
+def test_the_recipe_for_an_operation_runs(registrations):
+    names = run_recipe("Add an operation handler")
+    assert names["reason"](names["net"]) is None
+    assert names["small"].first.out_channels < names["net"].first.out_channels
+
+
+@pytest.mark.parametrize(("module", "door"), [(criteria, "register_criterion"), (rules, "register_merge_rule")])
+def test_the_examples_of_the_doors_run(module, door, registrations):
+    example = doctest.DocTestFinder(recurse=False).find(getattr(module, door), globs=dict(vars(module)))[0]
+    assert len(example.examples) == 2 and doctest.DocTestRunner().run(example).failed == 0
 
 
 # Commands
