@@ -50,8 +50,9 @@ MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path i
 
 
 def room_of(module: str) -> str | None:
+    """The room of a module; None for the package itself and the entry point of `python -m`."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else None
+    return parts[1] if len(parts) > 1 and parts[1] != "__main__" else None
 
 
 def own_imports(module: str, tree: ast.AST) -> set[str]:
@@ -115,7 +116,7 @@ def a_circle(imports: dict[str, set[str]]) -> list[str]:
 
 def test_every_module_has_a_room():
     assert {room_of(module) for module in MODULES} - {None} == ROOMS.keys()
-    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "py.typed"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "__main__.py", "py.typed"}
 
 
 @pytest.mark.parametrize("module", MODULES)
