@@ -20,7 +20,12 @@ ROOMS = {  # each room, and the rooms that it may import
 MOST_ENTRIES = 7  # of a folder of the package, its __init__ apart
 REMOTE_CODE = {  # shipped inside saved folders: these files import one another and nothing else of the package
     "hf_camphive.network.modeling.cifar": set(),
-    "hf_camphive.network.modeling.modeling_camphive": {"hf_camphive.network.modeling.cifar"},
+    "hf_camphive.network.modeling.layers": set(),
+    "hf_camphive.network.modeling.resizing": {"hf_camphive.network.modeling.layers"},
+    "hf_camphive.network.modeling.modeling_camphive": {  # transformers ships what this one imports itself
+        *("hf_camphive.network.modeling.cifar", "hf_camphive.network.modeling.layers"),
+        "hf_camphive.network.modeling.resizing",
+    },
 }
 PRINTS = ("hf_camphive.cli",)
 WRITES = (

@@ -31,7 +31,7 @@ PLOTS_FOLDER = "plots"
 MODEL_CONFIG_FILE = "config.json"
 # Every file that saving writes, of this package and of transformers; the code is shipped for those without the package.
 _WRITTEN = {
-    *(MODEL_CONFIG_FILE, "model.safetensors", "modeling_camphive.py", "cifar.py"),
+    *(MODEL_CONFIG_FILE, "model.safetensors", "modeling_camphive.py", "cifar.py", "layers.py", "resizing.py"),
     *(CONFIG_FILE, PLAN_FILE, REPORT_FILE, EXPANSION_FILE, CARD_FILE),
 }
 # Training checkpoints are pickles; they serve to resume a run on the machine that wrote them.

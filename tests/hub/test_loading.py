@@ -17,7 +17,8 @@ from hf_camphive.core.errors import ModelError
 from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan, Slot, plans_to_json
 from hf_camphive.hub import loading as models
 from hf_camphive.network.footprint import count_macs, count_parameters
-from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification, resize, widths_of
+from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
+from hf_camphive.network.modeling.resizing import resize, widths_of
 from hf_camphive.training.data.loaders import DataOptions, load_loaders
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "../shared/data/weights"

@@ -32,12 +32,12 @@ from hf_camphive.core.plan import ChannelGroup, PrunePlan, plans_from_json
 from hf_camphive.hub import saving as hub
 from hf_camphive.hub.report import PruneReport, Stage
 from hf_camphive.network.footprint import footprint
-from hf_camphive.network.modeling.modeling_camphive import resize, widths_of
+from hf_camphive.network.modeling.resizing import resize, widths_of
 
 LABELS = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FILES = {
     *("README.md", "camphive_config.json", "cifar.py", "config.json", "model.safetensors"),
-    *("modeling_camphive.py", "plots", "prune_plan.json", "report.json"),
+    *("layers.py", "modeling_camphive.py", "resizing.py", "plots", "prune_plan.json", "report.json"),
 }
 
 

@@ -23,7 +23,7 @@ from hf_camphive.network.footprint import count_macs
 from hf_camphive.network.graph.blocks import droppable_branches, exterior_groups
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.modeling.modeling_camphive import ImplantedConv2d
+from hf_camphive.network.modeling.layers import ImplantedConv2d
 from hf_camphive.network.surgery.cutting import apply_plan, mask_state
 from hf_camphive.network.surgery.verification import check_groups
 from hf_camphive.pruning.merging.reconstruction import reconstruct

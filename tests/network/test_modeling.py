@@ -12,14 +12,9 @@ from timm.layers import SpaceToDepth
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_camphive.network.modeling.modeling_camphive import (
-    CampHiVeForImageClassification,
-    Shortcut,
-    _input_channels,
-    resize,
-    shortcuts_of,
-    widths_of,
-)
+from hf_camphive.network.modeling.layers import Shortcut
+from hf_camphive.network.modeling.modeling_camphive import CampHiVeForImageClassification
+from hf_camphive.network.modeling.resizing import input_channels, resize, shortcuts_of, widths_of
 
 ZOO = [
     *("resnet18", "resnet50", "seresnet50", "resnext50_32x4d", "densenet121", "cifar_resnet56"),
@@ -343,8 +338,10 @@ def test_the_folder_holds_the_code_and_no_pickle(folder):
     assert {path.name for path in folder.iterdir()} == {
         "cifar.py",
         "config.json",
+        "layers.py",
         "model.safetensors",
         "modeling_camphive.py",
+        "resizing.py",
     }
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoConfig"] == "modeling_camphive.CampHiVeTimmConfig"
@@ -405,6 +402,6 @@ def test_intermediate_features_are_those_of_the_pruned_network(pruned):
 def test_images_have_the_channels_that_a_space_to_depth_stem_folds():
     net = nn.Sequential(SpaceToDepth(), nn.Conv2d(48, 4, 3))
     net.pretrained_cfg = {"first_conv": "1", "input_size": (3, 64, 64)}
-    assert _input_channels(net) == 3
+    assert input_channels(net) == 3
     net[0] = nn.Identity()
-    assert _input_channels(net) == 48
+    assert input_channels(net) == 48

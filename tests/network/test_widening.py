@@ -13,7 +13,7 @@ from hf_camphive.core.plan import ChannelCut, ChannelGroup, PrunePlan
 from hf_camphive.network.graph.blocks import droppable_branches
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import trace_network
-from hf_camphive.network.modeling.modeling_camphive import shortcuts_of, widths_of
+from hf_camphive.network.modeling.resizing import shortcuts_of, widths_of
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.widening import draw_widenings, expand
 

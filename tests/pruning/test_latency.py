@@ -20,7 +20,7 @@ from hf_camphive.core.config import CampHiVeConfig
 from hf_camphive.core.plan import ChannelCut, PrunePlan
 from hf_camphive.network.graph.blocks import droppable_branches
 from hf_camphive.network.graph.tracing import Trace, trace_network
-from hf_camphive.network.modeling.modeling_camphive import Shortcut
+from hf_camphive.network.modeling.layers import Shortcut
 from hf_camphive.network.surgery.cutting import apply_plan
 from hf_camphive.network.surgery.folding import ChannelwiseMaximum, fold, fold_batchnorm
 from hf_camphive.pruning.planning.latency import timing

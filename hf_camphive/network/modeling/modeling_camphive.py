@@ -1,46 +1,44 @@
 """Load a pruned timm network as a transformers model or as a timm architecture.
 
-Self-contained (torch, timm, transformers and `.cifar` only): a copy of this file is shipped inside every saved folder
-as remote code. The code reads the shapes of tensors but not their values, because transformers builds networks on the meta
-device.
+Self-contained (torch, timm, transformers, `.cifar`, `.layers` and `.resizing` only): copies of these files are shipped inside
+every saved folder as remote code. This file imports all others directly, because older versions of transformers load from a
+local folder only the files that the main one imports itself.
 """
 
-import copy
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.layers import SpaceToDepth
 from timm.models import is_model, load_pretrained, register_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
 
 from .cifar import CifarResNet  # noqa: F401  (importing it registers the small networks in timm)
+from .layers import ImplantedConv2d, Shortcut  # noqa: F401  (older transformers load only direct imports)
+from .resizing import (
+    Attributes,
+    Shortcuts,
+    Widths,
+    attributes_of,
+    input_channels,
+    resize,
+    shortcuts_of,
+    widths_of,
+    with_ends_of,
+)
 
 __all__ = [
     "CampHiVeForImageClassification",
     "CampHiVeTimmConfig",
-    "ImplantedConv2d",
-    "Shortcut",
-    "attributes_of",
     "check_config",
-    "resize",
-    "shortcuts_of",
-    "widths_of",
 ]
 
 MODEL_TYPE = "camphive_timm"
 ARCHITECTURE = "camphive"
-Widths = Mapping[str, Sequence[int]]
-Shortcuts = Mapping[str, Mapping[str, Sequence[str]]]
-Attributes = Mapping[str, Mapping[str, int | Sequence[int]]]
-_SIZED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-_ATTRIBUTES = "camphive_attributes"
 # Keys that a saved pretrained_cfg omits: the source of the dense weights, and values stored elsewhere in config.json.
 _NOT_SAVED = {
     *("architecture", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"),
@@ -82,142 +80,6 @@ _MODEL_ARGS = frozenset(
 _FROM_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "device", "dtype"}
 # The keys of a pretrained_cfg that make timm read other weights than those beside the config.json.
 _OTHER_WEIGHTS = ("file", "url", "state_dict", "hf_hub_filename")
-
-
-class Shortcut(nn.Module):
-    """Replace a residual block whose branch was dropped: y = after(shortcut(x) + constant), [N, C, H, W].
-
-    `shortcut` and `after` name children of `block`, which are applied in order and keep their names, so the names of their
-    tensors do not change. `constant` [C] is initialised to zero.
-
-    Raises:
-        ValueError: `block` lacks a named child.
-    """
-
-    def __init__(self, block: nn.Module, shortcut: Sequence[str], after: Sequence[str], channels: int) -> None:
-        super().__init__()
-        children = dict(block.named_children())
-        if unknown := [name for name in (*shortcut, *after) if name not in children]:
-            raise ValueError(f"{type(block).__name__} has no children {unknown}; it has {list(children)}")
-        self.shortcut_names, self.after_names = tuple(shortcut), tuple(after)
-        for name in (*shortcut, *after):
-            self.add_module(name, children[name])
-        like = next(block.parameters(), torch.empty(0))
-        self.constant = nn.Parameter(like.new_zeros(channels))
-        self.training = block.training  # the children keep their own modes
-
-    def forward(self, x: Tensor) -> Tensor:
-        for name in self.shortcut_names:
-            x = self.get_submodule(name)(x)
-        x = x + self.constant.view(1, -1, 1, 1)
-        for name in self.after_names:
-            x = self.get_submodule(name)(x)
-        return x
-
-
-class ImplantedConv2d(nn.Conv2d):
-    """A convolution that uses 1x1 kernels for some of its channels (HAP's neural implants, arXiv:2101.08940).
-
-    y = [W * x_main + R * x_implanted, M * x] with x = [x_main, x_implanted]. The main channels have the weight W
-    [C_main_out, C_main_in, kH, kW]; `reads` R [C_main_out, I, 1, 1] reads the I implanted inputs, and `makes` M
-    [J, C_main_in + I, 1, 1] computes the J implanted outputs, which are the last ones. `reads` or `makes` is None if there are
-    no such channels. The convolution must have no groups, and a padding that keeps the size up to the stride.
-    """
-
-    def __init__(self, conv: nn.Conv2d, reads: bool, makes: bool) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
-        self.reads = self._pointwise(conv.out_channels, bias=False) if reads else None
-        self.makes = self._pointwise(1, bias=conv.bias is not None) if makes else None
-        self.train(conv.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x if self.reads is None else x[:, : self.in_channels])
-        if self.reads is not None:
-            y = y + self.reads(x[:, self.in_channels :])
-        return y if self.makes is None else torch.cat([y, self.makes(x)], dim=1)
-
-    def _pointwise(self, outputs: int, bias: bool) -> nn.Conv2d:
-        """Return a 1x1 convolution of one input channel with zero weights, to be resized later."""
-        placement = {"device": self.weight.device, "dtype": self.weight.dtype}
-        conv = nn.utils.skip_init(nn.Conv2d, 1, outputs, 1, self.stride, bias=bias, **placement)
-        for parameter in conv.parameters():
-            nn.init.zeros_(parameter).requires_grad_(self.weight.requires_grad)
-        return conv
-
-
-def widths_of(net: nn.Module) -> dict[str, list[int]]:
-    """Return the weight shape of every convolution, linear layer, norm and `Shortcut` (its constant), by module name.
-
-    Tensors of other modules, such as layer scales and position embeddings, are listed by their own names.
-    """
-    widths = {}
-    for name, module in net.named_modules():
-        if isinstance(module, Shortcut):
-            widths[name] = list(module.constant.shape)
-        elif isinstance(module, _SIZED):
-            widths[name] = _shape(module)
-        else:
-            widths |= {f"{name}.{key}".lstrip("."): list(tensor.shape) for key, tensor in _loose(module)}
-    return widths
-
-
-def attributes_of(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the attributes of modules that `resize` has changed: {module: {attribute: value}}."""
-    return {name: dict(values) for name, values in getattr(net, _ATTRIBUTES, {}).items()}
-
-
-def shortcuts_of(net: nn.Module) -> dict[str, dict[str, list[str]]]:
-    """Return the names of the children that each `Shortcut` of a network has kept, by module name."""
-    return {
-        name: {"shortcut": list(module.shortcut_names), "after": list(module.after_names)}
-        for name, module in net.named_modules()
-        if isinstance(module, Shortcut)
-    }
-
-
-def resize(net: nn.Module, widths: Widths, shortcuts: Shortcuts, attributes: Attributes | None = None) -> None:
-    """Give the named layers these weight shapes, in place; blocks named in `shortcuts` become `Shortcut`s first.
-
-    A resized tensor holds the leading corner of the old tensor, and zeros elsewhere: load the weights next. Layers that
-    are not named are not changed. `attributes` gives new values of other attributes of modules, such as `num_heads`. The
-    widths that timm networks publish (num_features, head_hidden_size, feature_info) are updated by one forward pass on the
-    meta device. A convolution becomes an `ImplantedConv2d` if the widths name its `reads` or `makes`.
-
-    Raises:
-        ValueError: The network lacks a name, or a shape or attribute does not fit a layer, or shapes do not fit one another.
-    """
-    _replace_blocks(net, widths, shortcuts)
-    _implant(net, widths)
-    tied = _tied(net)
-    for name, shape in widths.items():
-        owner, _, key = name.rpartition(".")
-        if key in dict(_loose(_module(net, owner))):
-            _resize_tensor(name, _module(net, owner), key, list(shape))
-        else:
-            _resize_module(name, _module(net, name), list(shape))
-    for first, *others in tied:
-        for name in others:
-            owner, _, key = name.rpartition(".")
-            setattr(_module(net, owner), key, net.get_parameter(first))
-    changed = attributes_of(net)
-    for name, values in (attributes or {}).items():
-        for key, value in values.items():
-            _set_number(name, _module(net, name), key, value)
-        changed[name] = changed.get(name, {}) | dict(values)
-    if changed:
-        setattr(net, _ATTRIBUTES, changed)
-    if hasattr(net, "forward_features"):
-        _update_features(net)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -286,10 +148,10 @@ def camphive(
         check_config({"pretrained_cfg": {name: value for name, value in cfg.items() if name != "file"}})
     net = timm.create_model(base, pretrained=False, **kwargs)
     net.pretrained_cfg["architecture"] = ARCHITECTURE
-    resize(net, _with_ends_of(net, widths or {}), shortcuts or {}, attributes)
+    resize(net, with_ends_of(net, widths or {}), shortcuts or {}, attributes)
     if pretrained:
         load_pretrained(
-            net, net.pretrained_cfg, num_classes=net.num_classes, in_chans=_input_channels(net), cache_dir=cache_dir
+            net, net.pretrained_cfg, num_classes=net.num_classes, in_chans=input_channels(net), cache_dir=cache_dir
         )
     return net
 
@@ -336,7 +198,7 @@ class CampHiVeForImageClassification(TimmWrapperForImageClassification):
         """
         args = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
         pretrained_cfg = {k: v for k, v in _portable(net.pretrained_cfg).items() if v is not None}
-        pretrained_cfg["input_size"] = [_input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
+        pretrained_cfg["input_size"] = [input_channels(net), *pretrained_cfg.get("input_size", (3, 224, 224))[1:]]
         shape: dict[str, Any] = {"widths": widths_of(net), "shortcuts": shortcuts_of(net)}
         if attributes := attributes_of(net):
             shape["attributes"] = attributes
@@ -368,261 +230,6 @@ def _portable(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_SAVED}
 
 
-def _shape(module: nn.Module) -> list[int]:
-    """Return the weight shape of a layer; for a norm without affine parameters that of the weight it would have."""
-    if module.weight is not None:
-        return list(module.weight.shape)
-    if isinstance(module, nn.LayerNorm):
-        return list(module.normalized_shape)
-    return [module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features]
-
-
-def _loose(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the floating-point tensors, by name, that a module holds itself, unless it is a sized layer or a `Shortcut`."""
-    if isinstance(module, (Shortcut, *_SIZED)):
-        return []
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return [(key, tensor) for key, tensor in tensors if tensor.ndim and tensor.is_floating_point()]
-
-
-def _tied(net: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that a network holds under several names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [same for same in names.values() if len(same) > 1]
-
-
-def _resize_tensor(name: str, module: nn.Module, key: str, shape: list[int]) -> None:
-    """Resize a tensor of a module that is not a sized layer; its number of axes cannot change.
-
-    Raises:
-        ValueError: `shape` has another number of axes.
-    """
-    old = list(getattr(module, key).shape)
-    if len(shape) != len(old):
-        raise ValueError(f"{name}: shape {old} cannot become {shape}")
-    if shape != old:
-        setattr(module, key, _resized(getattr(module, key), shape))
-
-
-def _set_number(name: str, module: nn.Module, key: str, value: Any) -> None:
-    """Set an attribute that holds a number, or a list or tuple of numbers, to a value of the same kind.
-
-    Raises:
-        ValueError: The module has no such attribute, or it holds another kind of value.
-    """
-    old = vars(module).get(key)
-    if isinstance(value, int) and isinstance(old, int):
-        setattr(module, key, value)
-    elif isinstance(old, (list, tuple)) and not isinstance(value, int) and len(old) == len(value):
-        setattr(module, key, type(old)(value))
-    else:
-        raise ValueError(f"{name} ({type(module).__name__}) holds {key}={old!r}, which cannot become {value!r}")
-
-
-def _module(net: nn.Module, name: str) -> nn.Module:
-    """Return a module by name.
-
-    Raises:
-        ValueError: The network has no such module.
-    """
-    try:
-        return net.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"{type(net).__name__} has no module {name!r}: {error}") from error
-
-
-def _replace_blocks(net: nn.Module, widths: Widths, shortcuts: Shortcuts) -> None:
-    """Replace the blocks named in `shortcuts` by a `Shortcut` each, unless they are such shortcuts already.
-
-    Raises:
-        ValueError: A block is a `Shortcut` that kept other children, or the widths do not give the size of its constant.
-    """
-    for name, kept in shortcuts.items():
-        block = _module(net, name)
-        if isinstance(block, Shortcut):
-            if (tuple(kept["shortcut"]), tuple(kept["after"])) != (block.shortcut_names, block.after_names):
-                raise ValueError(f"{name} is already a shortcut, which kept {shortcuts_of(net)[name]}, not {kept}")
-        elif name not in widths:
-            raise ValueError(f"{name} is to become a shortcut, but the widths do not say how many channels it has")
-        else:
-            net.set_submodule(name, Shortcut(block, kept["shortcut"], kept["after"], widths[name][0]))
-
-
-def _implant(net: nn.Module, widths: Widths) -> None:
-    """Replace each convolution for whose `reads` or `makes` there are widths by an `ImplantedConv2d` with these children."""
-    parents = {name.rpartition(".")[0] for name in widths if name.rpartition(".")[2] in ("reads", "makes")}
-    for name in sorted(parents):
-        conv = _module(net, name)
-        if isinstance(conv, nn.Conv2d):
-            asked = [f"{name}.{child}" in widths for child in ("reads", "makes")]
-            has = [getattr(conv, child, None) is not None for child in ("reads", "makes")]
-            if asked != has:
-                implanted = ImplantedConv2d(conv, *asked)
-                for child in ("reads", "makes"):
-                    if (old := getattr(conv, child, None)) is not None and getattr(implanted, child) is not None:
-                        setattr(implanted, child, old)
-                net.set_submodule(name, implanted)
-
-
-def _resize_module(name: str, module: nn.Module, shape: list[int]) -> None:
-    """Give a sized layer this weight shape, or the constant of a `Shortcut` this shape, in place.
-
-    Raises:
-        ValueError: The module is of another kind, or cannot have this shape.
-    """
-    if isinstance(module, Shortcut):
-        module.constant = _resized(module.constant, shape)
-        return
-    if not isinstance(module, _SIZED):
-        raise ValueError(
-            f"{name} is a {type(module).__name__}; only convolutions, linear layers and norms have widths"
-        )
-    old = _shape(module)
-    if shape == old:
-        return
-    if len(shape) != len(old) or shape[2:] != old[2:]:
-        raise ValueError(f"{name}: weight shape {old} cannot become {shape}; only its first two sizes may change")
-    if isinstance(module, nn.Conv2d):
-        module.groups = _groups(name, module, shape)
-        module.in_channels, module.out_channels = shape[1] * module.groups, shape[0]
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = shape
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(shape)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = _norm_groups(name, module, shape[0])
-        module.num_channels = shape[0]
-    else:
-        module.num_features = shape[0]
-    # Other tensors with one entry for each output channel (bias, running statistics) follow the weight's first axis.
-    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if key == "weight":
-            module.weight = _resized(tensor, shape)
-        elif tensor.ndim and tensor.shape[0] == old[0]:
-            setattr(module, key, _resized(tensor, [shape[0], *tensor.shape[1:]]))
-
-
-def _groups(name: str, conv: nn.Conv2d, shape: list[int]) -> int:
-    """Return the number of groups for this weight shape: that of a depthwise convolution follows its channels, others are kept.
-
-    Raises:
-        ValueError: The output channels cannot be split evenly into the groups.
-    """
-    if conv.groups == 1:
-        return 1
-    groups = conv.groups
-    if conv.weight.shape[1] == 1:
-        groups = shape[0] // (conv.out_channels // conv.groups)
-    elif shape[1] == 1 and shape[0] % groups:
-        groups = shape[
-            0
-        ]  # one cut left one input channel per group, which made it depthwise; a later cut removed groups
-    if groups < 1 or shape[0] % groups:
-        raise ValueError(f"{name}: {shape[0]} output channels cannot be split into its {conv.groups} groups evenly")
-    return groups
-
-
-def _norm_groups(name: str, norm: nn.GroupNorm, channels: int) -> int:
-    """Return the number of groups of a GroupNorm for this number of channels: groups keep their size, a single group is kept.
-
-    Raises:
-        ValueError: The channels cannot be split into groups of that size.
-    """
-    if norm.num_groups == 1:
-        return 1
-    size = norm.num_channels // norm.num_groups
-    if channels % size:
-        raise ValueError(f"{name}: {channels} channels cannot be split into its norm groups of {size}")
-    return channels // size
-
-
-def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a tensor of this shape with the leading corner of the old one and zeros elsewhere; parameters stay parameters."""
-    new = tensor.detach().new_zeros(shape)
-    corner = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
-    new[corner] = tensor.detach()[corner]
-    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-# What a forward pass raises if widths do not fit one another.
-_UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-
-
-def _update_features(net: nn.Module) -> None:
-    """Set num_features, head_hidden_size and feature_info from a forward pass on the meta device.
-
-    Raises:
-        ValueError: The network does not run with its widths.
-    """
-    twin = _meta_copy(net)
-
-    def channels(x: Tensor) -> int:
-        return x.shape[1 if x.ndim == 4 and getattr(net, "output_fmt", "NCHW") == "NCHW" else -1]
-
-    def note(info: dict, output: Any) -> None:
-        if isinstance(output, Tensor):  # some blocks return several
-            info["num_chs"] = channels(output)
-
-    infos = [dict(info) for info in getattr(net, "feature_info", ())]
-    modules = dict(twin.named_modules())
-    for info in infos:
-        if info["module"] in modules:  # some networks list modules that they do not have
-            modules[info["module"]].register_forward_hook(lambda module, inputs, output, info=info: note(info, output))
-    size = (_input_channels(net), *net.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
-    try:
-        with torch.no_grad():
-            dtype = [*twin.parameters(), *twin.buffers()][0].dtype
-            features = twin.forward_features(torch.empty(1, *size, device="meta", dtype=dtype))
-            hidden = twin.forward_head(features, pre_logits=True)
-            twin.forward_head(features)
-    except _UNFIT as error:
-        raise ValueError(f"{type(net).__name__} does not run with these widths: {error}") from error
-    if getattr(net, "embed_dim", None) == net.num_features:
-        net.embed_dim = channels(features)
-    net.num_features = channels(features)
-    if hasattr(net, "head_hidden_size"):
-        net.head_hidden_size = channels(hidden)
-    if infos:
-        net.feature_info = infos
-
-
-def _meta_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of a network in eval mode on the meta device, which shares no tensor with it and needs no memory."""
-    memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in (*net.parameters(), *net.buffers())}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=p.requires_grad) for p in net.parameters()}
-    return copy.deepcopy(net, memo).eval()
-
-
-def _with_ends_of(net: nn.Module, widths: Widths) -> dict[str, list[int]]:
-    """Return the saved widths with the input channels and the classes of `net`; without those of a removed classifier."""
-    fitted = {name: list(shape) for name, shape in widths.items()}
-    for name in _names(net.pretrained_cfg.get("first_conv")):
-        if name in fitted:
-            fitted[name][1] = _shape(_module(net, name))[1]
-    for name in _names(net.pretrained_cfg.get("classifier")):
-        if isinstance(_module(net, name), nn.Identity):
-            fitted.pop(name, None)
-        elif name in fitted:
-            fitted[name][0] = _shape(_module(net, name))[0]
-    return fitted
-
-
-def _input_channels(net: nn.Module) -> int:
-    """Return the number of channels of an image: those of the first convolution, before any space-to-depth stem."""
-    folded = math.prod(module.bs**2 for module in net.modules() if isinstance(module, SpaceToDepth))
-    for name in _names(net.pretrained_cfg.get("first_conv")):
-        first: Any = net.get_submodule(name)
-        return first.in_channels // folded
-    return net.pretrained_cfg.get("input_size", (3,))[0]
-
-
-def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return one name, several names or None as a tuple of names."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
 if not is_model(ARCHITECTURE):  # a copy of this file may have been imported from a saved folder before
     register_model(camphive)
 AutoConfig.register(MODEL_TYPE, CampHiVeTimmConfig, exist_ok=True)
@@ -632,6 +239,6 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": TimmWrapperImageProcessor, "pil": TimmWrapperImageProcessor},
     exist_ok=True,
 )
-# save_pretrained then copies this file and cifar.py beside the weights, and names the classes in config.json.
+# save_pretrained then copies this file and those that it imports beside the weights, and names the classes in config.json.
 CampHiVeTimmConfig.register_for_auto_class("AutoConfig")
 CampHiVeForImageClassification.register_for_auto_class("AutoModelForImageClassification")

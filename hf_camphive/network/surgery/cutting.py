@@ -16,7 +16,7 @@ from hf_camphive.core.errors import PlanError
 from hf_camphive.core.plan import Branch, PrunePlan, Slot
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.network.modeling.modeling_camphive import Shortcuts, resize, shortcuts_of, widths_of
+from hf_camphive.network.modeling.resizing import Shortcuts, resize, shortcuts_of, widths_of
 from hf_camphive.network.modes import keeping_modes
 from hf_camphive.network.surgery.implants import implanted_slots, split_off_implants, with_centres
 

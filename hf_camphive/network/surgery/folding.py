@@ -18,7 +18,7 @@ from hf_camphive.network.graph.program import (
     named_tensors,
     operation,
 )
-from hf_camphive.network.modeling.modeling_camphive import Shortcut
+from hf_camphive.network.modeling.layers import Shortcut
 
 
 def fold(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:

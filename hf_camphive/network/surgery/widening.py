@@ -18,7 +18,7 @@ from hf_camphive.core.records import RecordFormat
 from hf_camphive.core.runtime import float64_device, to_float64
 from hf_camphive.network.graph.program import named_tensors
 from hf_camphive.network.graph.tracing import Trace
-from hf_camphive.network.modeling.modeling_camphive import shortcuts_of
+from hf_camphive.network.modeling.resizing import shortcuts_of
 from hf_camphive.network.surgery.cutting import rebuilt
 
 EXPANSION_FILE = "expansion.json"

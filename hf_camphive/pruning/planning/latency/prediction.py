@@ -24,7 +24,8 @@ from torch import nn
 from hf_camphive.core.plan import Branch
 from hf_camphive.core.runtime import ALONE, Workers
 from hf_camphive.network.analysis import NetworkAnalysis
-from hf_camphive.network.modeling.modeling_camphive import Shortcut, resize, widths_of
+from hf_camphive.network.modeling.layers import Shortcut
+from hf_camphive.network.modeling.resizing import resize, widths_of
 from hf_camphive.network.surgery.folding import fold
 from hf_camphive.pruning.planning.costs import CostTerm, axis_widths, stream_width
 from hf_camphive.pruning.planning.latency.operations import Operation, network_operations
