@@ -29,6 +29,7 @@ def readme(monkeypatch):
     return importlib.import_module("readme")
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     time_briefly(monkeypatch)

@@ -123,6 +123,7 @@ def test_an_error_before_anything_was_kept_leaves_only_what_others_wrote(capsys,
     assert Path("outputs", "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
     real, written = saving._put_in_place, []
 
@@ -148,6 +149,7 @@ def test_a_full_disk_keeps_what_was_done_before(capsys, monkeypatch):
     assert plans_from_json(Path("out/small", PLAN_FILE).read_text())[:1] == cycles
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
     real = saving._put_in_place
 
@@ -167,6 +169,7 @@ def test_a_full_disk_at_the_very_end_keeps_the_run(capsys, monkeypatch):
     assert [path.name for path in Path.cwd().iterdir()] == [".small.work"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_keeps_the_pruned_network(capsys):
     options = ["--epochs", "2", "--per-device-train-batch-size", "32", "--merge", "none", "--output-dir", "small"]
     assert prune(*options, "--learning-rate", "1e30") == 2

@@ -283,6 +283,7 @@ def test_every_reader_loads_implants(run, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_implants_keeps_its_budget_and_says_so(run):
     job, folder = run
     assert len(job.plans) == 2 and all(plan.implants for plan in job.plans)
@@ -293,6 +294,7 @@ def test_a_run_with_implants_keeps_its_budget_and_says_so(run):
     assert plans_from_json((folder / "prune_plan.json").read_text()) == tuple(job.plans)
 
 
+@pytest.mark.slow
 def test_implants_are_exported(run, tmp_path):
     job, _ = run
     net = copy.deepcopy(job.net).cpu().eval()

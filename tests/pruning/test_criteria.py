@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.scoring import WEIGHT_SPACE, SmallResNet, context, subject_for, with_state
+from support.tiers import first_by_default, slow_ones
 from support.toys import ToyResNet
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def joined(scores) -> torch.Tensor:
 
 # Laws over the whole table
 
+IN_WEIGHT_SPACE = {"hap", "hive-paper"}  # whole matrices over weights are made for these: slow
+
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_have_one_finite_number_a_channel_of_every_free_group(name):
@@ -85,7 +88,7 @@ def test_rows_tell_what_a_criterion_reads(name):
     assert reads(labels, curvature="hessian") == (row.reads_labels or row.uses_curvature)
 
 
-@pytest.mark.parametrize("name", [name for name in SCORERS if name != "random"])
+@pytest.mark.parametrize("name", slow_ones([name for name in SCORERS if name != "random"], IN_WEIGHT_SPACE))
 def test_permuting_channels_permutes_scores(name, exact):
     subject = subject_for(name)
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -98,7 +101,9 @@ def test_permuting_channels_permutes_scores(name, exact):
     torch.testing.assert_close(after["stem"], before["stem"], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in SCORERS if name not in ("random", "bn-scale")])
+@pytest.mark.parametrize(
+    "name", slow_ones([name for name in SCORERS if name not in ("random", "bn-scale")], IN_WEIGHT_SPACE)
+)
 def test_a_channel_that_nobody_reads_scores_zero(name, exact):
     """`bn-scale` does not look at readers."""
     subject = subject_for(name)
@@ -109,7 +114,9 @@ def test_a_channel_that_nobody_reads_scores_zero(name, exact):
     )  # 0 but for rounding, and what an iteration leaves
 
 
-@pytest.mark.parametrize("name", [name for name in SCORERS if name not in ("random", "magnitude", "hive-paper")])
+@pytest.mark.parametrize(
+    "name", slow_ones([name for name in SCORERS if name not in ("random", "magnitude", "hive-paper")], IN_WEIGHT_SPACE)
+)
 def test_a_channel_that_is_always_zero_scores_zero(name, exact):
     """`magnitude` looks at readers alone, and |v_i| does not know that a weight is zero.
 
@@ -129,7 +136,7 @@ FACTORS = torch.tensor([0.5, 3.0, 1.0, 2.0, 0.2], dtype=torch.float64)
 GATE_SPACE = {"fisher", "hive", "sosp-h", "sosp-i", "taylor"}
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", slow_ones(SCORERS, IN_WEIGHT_SPACE))
 def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
     """relu(a x) = a relu(x): gain and offset times a, readers over a. HAP sees a filter before a norm, which is the same."""
     subject = subject_for(name, nn.ReLU)
@@ -145,7 +152,7 @@ def test_gate_scores_do_not_know_how_a_relu_splits_its_scale(name, exact):
     assert others or name not in GATE_SPACE
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", slow_ones(SCORERS, IN_WEIGHT_SPACE))
 def test_scores_do_not_know_the_scale_of_a_filter_before_its_norm(name, exact):
     """Filter, running mean and deviation times a: only |v_i| of CAMP-HiVe, whose matrix scales with 1/a, knows."""
     subject = subject_for(name)
@@ -346,7 +353,7 @@ def test_weight_products_are_those_of_the_dense_matrix(small, curvature):
     torch.testing.assert_close(found, matrices[curvature] @ v, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+@pytest.mark.parametrize("curvature", first_by_default(["gauss-newton", "hessian"]))
 def test_hap_is_the_trace_of_each_block_times_the_squared_norm_over_twice_the_size(small, curvature, exact):
     subject, matrices = small
     flat = torch.cat([subject.analysis.state[name].reshape(-1) for name in subject.trace.positions])
@@ -360,6 +367,7 @@ def test_hap_is_the_trace_of_each_block_times_the_squared_norm_over_twice_the_si
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_hap_is_unbiased():
     """One pixel, twelve weights: the mean of many probes comes within their spread of what is worked out by hand."""
     found = SCORERS["hap"](by_hand(hutchinson_probes=600))["conv"]

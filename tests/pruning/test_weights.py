@@ -150,6 +150,7 @@ def test_a_run_on_weights_saves_zeros_and_promises_nothing(finished):
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), job.net.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_weights_keeps_its_zeros(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_after(patch, *KILLS["before finetuning"][:2], 2)

@@ -139,6 +139,7 @@ def test_a_method_of_ones_own_is_given_a_copy_and_treated_like_the_others(finish
     assert {row.recalibrated for row in rows} != {rows[0].pruned}
 
 
+@pytest.mark.slow
 def test_finetuning_is_the_same_for_all(tmp_path, monkeypatch):
     """Every row sees the same images in the same order, augmented alike, and has the dense network as its teacher."""
     seen, real = [], comparison.finetune
@@ -168,6 +169,7 @@ def test_polished_rows_say_what_polishing_gave(tmp_path, monkeypatch):
     assert row.notes == ("spoilt",)
 
 
+@pytest.mark.slow
 def test_several_cycles_end_at_the_same_budget(tmp_path):
     one, two = opened(tmp_path).run(cells("fisher", "none", cycles=[1, 2])).rows
     assert (one.cell.cycles, two.cell.cycles) == (1, 2) and one.pruned != two.pruned

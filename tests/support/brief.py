@@ -7,7 +7,7 @@ import pytest
 from hf_camphive.network import footprint
 from hf_camphive.runs import pruner
 
-measure_briefly = partial(footprint.measure_latency, runs=3, seconds=0.1)
+measure_briefly = partial(footprint.measure_latency, runs=2, seconds=0.02)
 
 
 def time_briefly(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from support.tiers import first_by_default
 from support.training import (
     CLASSES,
     CONFIG,
@@ -254,7 +255,7 @@ def test_a_resumed_run_goes_on_with_the_next_epoch_of_a_stream(accelerator, tmp_
     assert set(dataset.epochs) == {2}
 
 
-@pytest.mark.parametrize("left", [1, 2])
+@pytest.mark.parametrize("left", first_by_default([1, 2]))
 def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch, left):
     config = replace(CONFIG, num_train_epochs=3.0)
     interrupted(Net(), config, accelerator, tmp_path, left, monkeypatch)
