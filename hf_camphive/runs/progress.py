@@ -29,7 +29,7 @@ from hf_camphive.training.data.loaders import DatasetInfo
 
 _ITERATION, _RUN = "iteration.safetensors", "run.json"
 _NETWORK, _DENSE, _TRAINING = "network", "dense", "training"
-_FREE = ("learning_rate",)  # may differ: only finetuning reads it, and a diverged run is resumed with a lower one
+_FREE = ("learning_rate",)  # may differ: only finetuning reads it, and starts afresh with another one
 
 
 @dataclass(frozen=True)

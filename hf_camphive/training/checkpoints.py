@@ -1,6 +1,7 @@
 """Checkpoints of a training run: one folder per epoch; only the newest complete one is kept."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from hf_camphive.core.errors import ConfigError, TrainingError
 from hf_camphive.core.measures import format_share
 from hf_camphive.training.precision import Precision
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
 _DAMAGED = (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError, SafetensorError)
@@ -91,8 +94,11 @@ class CheckpointStore:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, checkpoint: Path, fingerprint: Mapping[str, Any]) -> TrainingProgress:
+    def load(self, checkpoint: Path, fingerprint: Mapping[str, Any]) -> TrainingProgress | None:
         """Restore everything that Accelerate prepared from a checkpoint, and return the rest of the run's state.
+
+        Where only the learning rate differs, nothing is restored and None is returned: whoever lowers the rate of a run that
+        diverged wants neither the weights nor the moments of the higher one.
 
         Raises:
             ConfigError: The checkpoint belongs to a run with another fingerprint.
@@ -104,6 +110,14 @@ class CheckpointStore:
             if differing := sorted(
                 k for k in before.keys() | fingerprint.keys() if before.get(k) != fingerprint.get(k)
             ):
+                if differing == ["learning_rate"]:
+                    logger.warning(
+                        "the checkpoint %s is of a learning rate of %g; finetuning starts afresh with %g",
+                        checkpoint,
+                        before["learning_rate"],
+                        fingerprint["learning_rate"],
+                    )
+                    return None
                 raise ConfigError(
                     f"the checkpoint {checkpoint} is of a run with other settings ({', '.join(differing)}); "
                     "resume with the same command, or delete that folder to finetune afresh"

@@ -169,8 +169,8 @@ def _train(
     with keeping_modes(run.net):
         job = _Trainer(run, loaders, config, accelerator)
         try:
-            if store is not None and checkpoint is not None:
-                job.restore(store.load(checkpoint, job.fingerprint()))
+            if store and checkpoint and (progress := store.load(checkpoint, job.fingerprint())):
+                job.restore(progress)
             logger.info("%s in %s", run.description, format_precision(job.precision))
             if run.keeps_zeros:
                 keep_zeros(job.optimizer.optimizer, run.parameters)

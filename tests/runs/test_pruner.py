@@ -638,7 +638,7 @@ class SecondOfTwo:
 def test_only_the_main_process_measures_latency(monkeypatch):
     job = pruned(replace(CONFIG, criterion="magnitude", merge="none"))
     measured = {name: {1: Latency(2.0, 1.0, 3.0, 9)} for name in ("dense", "pruned", "dense folded", "pruned folded")}
-    monkeypatch.setattr(launch, "broadcast_object_list", lambda objects: [measured], raising=False)
+    monkeypatch.setattr(launch, "broadcast_object_list", lambda objects: [measured, None], raising=False)
     monkeypatch.setattr(pruner, "measure_latency", lambda *a: pytest.fail("measured beside the main process"))
     monkeypatch.setattr(pruner, "fold", lambda *a: pytest.fail("folded what it does not measure"))
     job.cycle.workers = Workers(SecondOfTwo(job.accelerator))

@@ -269,11 +269,23 @@ def test_without_resume_a_run_starts_afresh(accelerator, tmp_path, monkeypatch, 
 
 def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path, monkeypatch):
     interrupted(Net(), CONFIG, accelerator, tmp_path, 1, monkeypatch)
-    with pytest.raises(ConfigError, match=r"other settings \(learning_rate, seed\).*delete that folder"):
-        other = replace(CONFIG, learning_rate=0.1, seed=4)
+    with pytest.raises(ConfigError, match=r"other settings \(seed, weight_decay\).*delete that folder"):
+        other = replace(CONFIG, weight_decay=0.1, seed=4)
         finetune(Net(), loaders(), other, accelerator, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(ConfigError, match="network"):
         finetune(Net(norm=False), loaders(), CONFIG, accelerator, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_another_learning_rate_starts_finetuning_afresh_and_says_so(accelerator, tmp_path, monkeypatch, caplog):
+    """A run that diverged after some epochs is resumed with a lower rate, as its error advises."""
+    interrupted(Net(), CONFIG, accelerator, tmp_path, 1, monkeypatch)
+    lower = replace(CONFIG, learning_rate=CONFIG.learning_rate / 10)
+    fresh, resumed = Net(), Net()
+    finetune(fresh, loaders(), lower, accelerator)
+    with caplog.at_level("WARNING"):
+        finetune(resumed, loaders(), lower, accelerator, checkpoint_dir=tmp_path, resume=True)
+    assert same(fresh, resumed)
+    assert "starts afresh" in caplog.text and str(lower.learning_rate) in caplog.text
 
 
 @pytest.mark.parametrize("file", ["progress.json", "model.safetensors", "optimizer.bin"])

@@ -1,7 +1,7 @@
 """Apply a pruning plan: `mask_state` masks channels at full width, `apply_plan` removes them from the network.
 
-Both must compute the same function; `apply_plan` checks that on every network before it returns. Channels are sliced in no
-other module.
+Both must compute the same function; `apply_plan` checks that on every network before it returns. No other module slices
+channels, except that `implants.py` splits the kernels of implants off first.
 """
 
 import copy

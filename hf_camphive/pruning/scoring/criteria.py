@@ -1,10 +1,11 @@
-"""Importance of each channel: one pure function per criterion, and the table `SCORERS` of them by name.
+"""Score each channel: one pure function per criterion, and the table `SCORERS` of them by name.
 
 A criterion maps a `ScoringContext` to scores {group: [C]} in float64, larger for channels that are more important.
 Scores of `merge-aware`, `merge-joint`, `fisher`, `hive`, `taylor`, `hap`, `sosp-h` and `sosp-i` are estimates of a loss,
 so that they compare across groups.
 
-To add a criterion inside the package, write its function here, enter it in `SCORERS` under its name, and add the row of
+To add a criterion inside the package, write its function here (or, if it is long, in a file beside
+this one, like `sosp.py`), enter it in `SCORERS` under its name, and add the row of
 that name to `CRITERIA` in `core/methods.py`. From outside the package, one call of `register_criterion` does both.
 """
 
