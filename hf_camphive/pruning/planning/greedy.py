@@ -120,6 +120,9 @@ class _GreedyPruner:
     """Hold the state of one greedy pruning: channels kept of each group, costs, and the removals that may come next.
 
     Channels of a group are removed in ascending order of score, so that a count of kept channels describes which.
+
+    Raises:
+        PlanError: No group can be pruned, or a score is not finite.
     """
 
     def __init__(
