@@ -201,7 +201,7 @@ def _other_readers(source: str) -> str:
         f'With the package imported, `AutoModelForImageClassification.from_pretrained("{source}")`, '
         f'`pipeline("image-classification", model="{source}")` and '
         f'`timm.create_model("hf-hub:{source}", pretrained=True)` (a local folder: `local-dir:`) give the same '
-        "logits. Without it, transformers needs `trust_remote_code=True`, which runs the two small Python files "
+        "logits. Without it, transformers needs `trust_remote_code=True`, which runs the small Python files "
         "stored here."
     )
 
