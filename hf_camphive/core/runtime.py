@@ -28,7 +28,11 @@ Item = TypeVar("Item")
 
 
 def make_accelerator(config: CampHiVeConfig) -> Accelerator:
-    """The process's `Accelerator`; raises `ConfigError` for a launch that would silently do something else."""
+    """Return the `Accelerator` of this process.
+
+    Raises:
+        ConfigError: The process was launched for something that would silently be done otherwise.
+    """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
             raise ConfigError(
@@ -215,7 +219,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @cache
 def float64_device(device: torch.device) -> torch.device:
-    """The device itself where it computes in float64, else the CPU. Everything here that sums in float64 asks this."""
+    """Return the device itself where it computes in float64, else the CPU.
+
+    Raises:
+        RuntimeError: The device is out of memory.
+    """  # noqa: DOC501 (TypeError is caught)
     try:
         torch.ones(2, dtype=torch.float64, device=device).sum().item()
     except (RuntimeError, TypeError) as error:  # which of them depends on the backend
@@ -226,5 +234,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on `float64_device` of its own."""
+    """Return the tensor in float64, on the `float64_device` of its own device."""
     return tensor.to(float64_device(tensor.device)).double()

@@ -400,7 +400,7 @@ def from_pretrained(
 
     Raises:
         ModelError: There is no whole model saved by this package, or its config.json asks for other files.
-    """
+    """  # noqa: DOC501 (OSError is caught, and _damaged returns a ModelError)
     source = str(path_or_id)
     where = {"revision": revision} if revision else {}
     try:

@@ -178,7 +178,11 @@ def _transformers_model(net: nn.Module, base: Base) -> CampHiVeForImageClassific
 
 
 def _written(folder: str | Path, fill: Callable[[Path], None], overwrite: bool) -> Path:
-    """Let `fill` write a temporary folder beside `folder`, and move it there when it is complete."""
+    """Let `fill` write a temporary folder beside `folder`, and move it there when it is complete.
+
+    Raises:
+        OutputError: The folder may not be replaced, or cannot be written.
+    """
     folder = check_output_folder(folder, overwrite)
     for stale in _siblings(folder, "tmp"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -106,7 +106,12 @@ def _group_names(options: ExpandArguments) -> list[str] | None:
 
 
 def _bottlenecks(folder: Path) -> list[str]:
-    """Return the bottlenecks that the report in a pruned model's folder names."""
+    """Return the bottlenecks that the report in a pruned model's folder names.
+
+    Raises:
+        ModelError: The folder holds no report.
+        PlanError: The report names no bottleneck.
+    """
     from hf_camphive.hub.report import REPORT_FILE, PruneReport
 
     path = folder / REPORT_FILE

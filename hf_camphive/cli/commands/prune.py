@@ -84,7 +84,11 @@ def prune_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArgum
 
 
 def _check_together(data: DataArguments, run: RunArguments, config: CampHiVeConfig) -> None:
-    """Refuse options that contradict one another, before anything is loaded."""
+    """Refuse options that contradict one another, before anything is loaded.
+
+    Raises:
+        ConfigError: Two options contradict one another.
+    """
     if run.push_to_hub and not run.hub_model_id:
         raise ConfigError("--push-to-hub needs to know where: add --hub-model-id user/name")
     check_stream(data, config)

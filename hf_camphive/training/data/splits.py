@@ -209,7 +209,11 @@ def _labels_of(rows: list[dict[str, Any]], label: str) -> np.ndarray:
 
 
 def _roles(labelled: Mapping[str, bool], calibration_split: str | None) -> dict[str, str]:
-    """Return the split of each role, given which splits have labels; calibration always has one."""
+    """Return the split of each role, given which splits have labels; calibration always has one.
+
+    Raises:
+        DataError: No split suits a role that is needed, or rows of such a split have no labels.
+    """
     names = ", ".join(labelled)
     roles = {role: next((s for s in usual if s in labelled), None) for role, usual in USUAL_SPLITS.items()}
     if not any(roles.values()):
