@@ -9,7 +9,7 @@ DATA ?= ../shared/data
 
 help:
 	@echo "make demo           make the bundled network more than twice as fast on handwritten digits (under 3 minutes after install)"
-	@echo "make test           run the test suite (offline, about 10 minutes on 2 cores)"
+	@echo "make test           run the test suite (offline, 4 minutes on 2 cores)"
 	@echo "make lint           check style and types"
 	@echo "make format         correct style"
 	@echo "make types          check types alone (mypy)"

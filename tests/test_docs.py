@@ -12,6 +12,7 @@ import pytest
 import yaml
 from support.brief import time_briefly
 from support.scoring import context
+from support.tiers import slow_ones
 
 import hf_camphive
 from hf_camphive.cli.main import main
@@ -56,12 +57,15 @@ def rows(text: str) -> list[list[str]]:
 # Code
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page), "python")], ids=id_of)
+ELSEWHERE = {
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "README.md",
+}  # recipes are run one by one below, the README in test_readme.py
+TO_RUN = [page for page in PAGES if page not in ELSEWHERE and blocks(text_of(page), "python")]
+
+
+@pytest.mark.parametrize("page", slow_ones(TO_RUN, {DOCS / "guide.md"}), ids=id_of)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
-    if page.name == "CONTRIBUTING.md":
-        pytest.skip("its recipes are run one by one below")
-    if page.name == "README.md":
-        pytest.skip("its blocks are run in test_readme.py")
     monkeypatch.chdir(tmp_path)
     time_briefly(monkeypatch)
     names: dict = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.brief import time_briefly
+from support.tiers import slow_ones
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {  # example: something that only its last step prints
@@ -25,9 +26,7 @@ def test_every_example_is_run():
 
 
 @pytest.mark.usefixtures("registrations")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "latency_budget" else name for name in SAYS]
-)
+@pytest.mark.parametrize("name", slow_ones(SAYS, {"latency_budget", "my_own_criterion"}))
 def test_an_example_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if name != "latency_budget":  # its point is what is timed

@@ -236,6 +236,7 @@ def test_a_run_saves_what_it_prints(capsys, caplog):
     assert not any("EpochLog" in s for s in said)
 
 
+@pytest.mark.slow
 def test_the_command_is_published_without_this_machines_folders(tmp_path):
     output = tmp_path / "secret-folder" / "small"
     assert prune("--output-dir", output, "--model=digits_resnet", "--merge", "none") == 0
@@ -270,6 +271,7 @@ def test_a_dry_run_plans_and_a_real_one_can_follow(capsys):
     assert plans_from_json(Path("small", PLAN_FILE).read_text()) == (plan,)
 
 
+@pytest.mark.slow
 def test_a_pushed_run_is_told_where(capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(saving, "push_folder", lambda *a, **k: pushed.append((a, k)) or "https://hub/someone/small")

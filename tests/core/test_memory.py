@@ -28,6 +28,7 @@ print(usual, fewest())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.slow
 def test_a_block_that_was_used_before_costs_no_page_faults():
     found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True)
     usual, kept = map(int, found.stdout.split())

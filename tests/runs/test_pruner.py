@@ -103,6 +103,7 @@ def test_the_saved_network_is_the_one_in_memory(finetuned):
         assert torch.allclose(logits, job.net(images), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_pruned_network(finetuned):
     job, _ = finetuned
     assert not same_weights(pruned().net, job.net)
