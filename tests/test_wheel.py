@@ -43,14 +43,14 @@ def installed(tmp_path_factory):
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, timeout=900)
 
 
 def python(installed: Path, folder: Path, *arguments: str) -> str:
     """What a fresh process prints that finds the package in `installed` and runs in an empty folder."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
