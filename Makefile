@@ -14,7 +14,7 @@ help:
 	@echo "make format         correct style"
 	@echo "make types          check types alone (mypy)"
 	@echo "make docs           build the documentation strictly, into site/"
-	@echo "make test-slow      the longer forms of those tests, whole runs, several processes (SLOWTIME)"
+	@echo "make test-slow      the longer forms of those tests, whole runs, several processes (8 minutes on 2 cores)"
 	@echo "make test-zoo       fold every network of tests/zoo.txt (a quarter of an hour)"
 	@echo "make test-realdata  tests on real datasets and weights (DATA=$(DATA))"
 	@echo "make zoo            cut every network of tests/zoo.txt, here and with torch-pruning; resumable, hours"
