@@ -253,6 +253,7 @@ def test_the_command_is_published_without_this_machines_folders(tmp_path):
     assert len(plans_from_json((again / PLAN_FILE).read_text())) == 2
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_the_model(saved, tmp_path):
     shutil.copytree(saved, "small")
     assert prune("--output-dir", "small", "--overwrite", "--target-macs", "0.8", "--merge", "none") == 0

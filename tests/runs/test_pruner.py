@@ -181,6 +181,7 @@ def test_cycles_meet_the_same_budget():
     assert count_macs(job.net, (3, 16, 16)) == job.plans[-1].macs_after
 
 
+@pytest.mark.slow
 def test_a_budget_in_macs_is_that_many():
     job = pruned(replace(CONFIG, target_macs=6_000_000, criterion="magnitude", merge="none"))
     assert 5_800_000 < job.plans[-1].macs_after <= 6_000_000
@@ -414,6 +415,7 @@ def test_another_classifier_needs_training_images(colours):
         job.run(loaders)
 
 
+@pytest.mark.slow
 def test_without_a_training_split_a_run_says_that_it_did_not_finetune():
     config = replace(CONFIG, num_train_epochs=1, criterion="magnitude", merge="none")
     job = CampHiVePruner("digits_resnet", config)

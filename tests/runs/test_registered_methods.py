@@ -97,6 +97,7 @@ def rule():
     del methods.MERGE_RULES["halved"], rules.MERGERS["halved"]
 
 
+@pytest.mark.slow
 def test_a_merge_rule_from_outside_does_the_main_job(rule, tmp_path):
     job = pruned(replace(CONFIG, criterion="magnitude", merge=rule, target_macs=0.7))
     plain = pruned(replace(CONFIG, criterion="magnitude", merge="none", target_macs=0.7))
