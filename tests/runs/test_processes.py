@@ -82,6 +82,8 @@ def test_all_raise_what_the_main_process_meets_while_saving(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     in_two_processes(saving, tmp_path / "mine", tmp_path / "free")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "mine" and (tmp_path / "free" / "config.json").is_file()
 
 
 def pushing(accelerator: Accelerator, folder: Path) -> None:
